@@ -1,0 +1,62 @@
+# Everything needs Python 3.11, git and make, nothing else. `make help` lists the targets.
+#
+# Your own choices, for example on a CUDA machine:
+#   make .venv TORCH=torch==2.12.1 CONSTRAINTS=    another torch, and what fits it instead of the tested versions
+#   make .venv PIP_FLAGS="--extra-index-url ..."   another build of the same torch
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+CONSTRAINTS ?= -c constraints.txt
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) $(CONSTRAINTS)
+CHECKED := jobs sd_engine worker migrations tests benchmarks
+
+# No test and no command of ours may ask a model hub for anything.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-slow check format train-mini clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: $(STAMP)  ## the environment, made when missing or stale
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	@echo "1/3 making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "2/3 installing $(TORCH)"
+	@$(INSTALL) "$(TORCH)"
+	@echo "3/3 installing nightshift with its extras"
+	@$(INSTALL) -e ".[worker,s3,postgres,test]"
+	@touch $@
+
+demo: $(STAMP)  ## the main job: submit, render together, store, contact sheet
+	@$(BIN)/nightshift demo
+
+test: $(STAMP)  ## the tests, without the slow ones
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(STAMP)  ## the slow tests only
+	@$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+check: $(STAMP)  ## ruff, mypy --strict and the import rule
+	@$(BIN)/ruff format --check $(wildcard $(CHECKED))
+	@$(BIN)/ruff check $(wildcard $(CHECKED))
+	@$(BIN)/mypy --strict
+	@$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(STAMP)  ## write the formatting that check asks for
+	@$(BIN)/ruff format $(wildcard $(CHECKED))
+	@$(BIN)/ruff check --fix $(wildcard $(CHECKED))
+
+train-mini: $(STAMP)  ## train the shipped model anew (hours on two cores, resumable)
+	@$(BIN)/nightshift train-mini
+
+clean:  ## remove what was made here: environment, caches, build products
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
