@@ -1,0 +1,31 @@
+"""What the engine raises. Each message says what was wrong, what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class InvalidRequest(ValueError):
+    """A request that cannot be drawn: names the field, its value and the allowed range."""
+
+    def __init__(self, field: str, value: object, allowed: str, remedy: str = "") -> None:
+        # All four go to args: an error whose args do not fit its constructor cannot cross a process boundary.
+        super().__init__(field, value, allowed, remedy)
+        self.field, self.value, self.allowed, self.remedy = field, value, allowed, remedy
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value!r} is not allowed: {self.allowed}" + (f"; {self.remedy}" * bool(self.remedy))
+
+
+class WeightsError(ValueError):
+    """A model folder or checkpoint that is incomplete, unexpected or not supported."""
+
+
+class Cancelled(Exception):
+    """The row was cancelled before its last step."""
+
+
+class NonFinite(ArithmeticError):
+    """A latent or picture that is not finite (NaN or infinity): the row fails, its neighbours do not."""
+
+
+class BrokenInvariant(AssertionError):
+    """The packer's bookkeeping contradicts itself: a bug in Nightshift, never the caller's fault."""
