@@ -1,0 +1,154 @@
+"""Which rows are stepped together: host bookkeeping without torch.
+
+A row waits, is admitted, is packed again and again, and leaves. Rows of a lane share packs; packs are made anew for
+every step, so rows join and leave at each one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+from sd_engine.errors import BrokenInvariant
+from sd_engine.request import Lane, Row
+
+DEFAULT_MAX_ROWS: Final = 64
+
+
+@dataclass(slots=True, eq=False)
+class _Queues:
+    """The rows of one lane. The first of `waiting` came first, the first of `admitted` steps first."""
+
+    turn: int  # when this lane was packed last, or first seen: the smallest goes next
+    waiting: deque[Row] = field(default_factory=deque)
+    admitted: deque[Row] = field(default_factory=deque)
+    dropped: list[Row] = field(default_factory=list)  # cancelled while waiting; they leave with the next retire
+
+    def rows(self) -> list[Row]:
+        return [*self.waiting, *self.admitted, *self.dropped]
+
+
+class Packer:
+    """Rows in lanes, admitted in the order they came, packed in turns.
+
+    max_units (U-Net rows x latent area) and max_rows (images) limit two things: one pack, for the memory that a step
+    takes, and what each lane has admitted, so that a lane's admitted rows normally all step together and none is
+    prepared long before it can move. A single row above max_units is admitted and packed alone: it would otherwise
+    never be drawn. So a pack is within both limits, or is one row.
+
+    Fair: the lane that was packed longest ago goes next; within it rows step in rotation. With L lanes holding
+    admitted rows, each lane steps at least once in L packs. Waiting rows are never overtaken within their lane.
+    """
+
+    def __init__(self, max_units: int, max_rows: int = DEFAULT_MAX_ROWS) -> None:
+        if max_units < 1 or max_rows < 1:
+            raise ValueError(f"max_units={max_units}, max_rows={max_rows}: each must be at least 1")
+        self.max_units = max_units
+        self.max_rows = max_rows
+        self._lanes: dict[Lane, _Queues] = {}
+        self._rows: dict[int, Row] = {}
+        self._clock = count(1)
+        self._added = 0
+        self._retired = 0
+
+    def __len__(self) -> int:
+        """Rows held: waiting, admitted, or cancelled and not yet retired."""
+        return len(self._rows)
+
+    @property
+    def idle(self) -> bool:
+        return not self._rows
+
+    def add(self, row: Row) -> None:
+        """Take a row in; it waits behind the rows of its lane. Raises ValueError for an id that is held already."""
+        if row.id in self._rows:
+            raise ValueError(f"row id {row.id} is already in the packer: every row needs an id of its own")
+        self._rows[row.id] = row
+        self._added += 1
+        if row.lane not in self._lanes:
+            self._lanes[row.lane] = _Queues(turn=next(self._clock))
+        self._lanes[row.lane].waiting.append(row)
+
+    def cancel(self, row_id: int) -> bool:
+        """Mark a row; it makes no further step and leaves with the next retire. False: not held (any more)."""
+        row = self._rows.get(row_id)
+        if row is None:
+            return False
+        row.cancelled = True
+        queues = self._lanes[row.lane]
+        if row in queues.waiting:
+            queues.waiting.remove(row)
+            queues.dropped.append(row)
+        return True
+
+    def admit(self) -> list[Row]:
+        """Move waiting rows in while their lane has room; returns those newly admitted, to be prepared."""
+        admitted = []
+        for queues in self._lanes.values():
+            units = sum(row.units for row in queues.admitted)
+            while queues.waiting and self._fits(units, len(queues.admitted), queues.waiting[0]):
+                row = queues.waiting.popleft()
+                queues.admitted.append(row)
+                units += row.units
+                admitted.append(row)
+        return admitted
+
+    def pack(self) -> list[Row]:
+        """Rows of one lane to step together, within the limits; empty when no admitted row can step."""
+        ready = [queues for queues in self._lanes.values() if any(not row.leaving for row in queues.admitted)]
+        if not ready:
+            return []
+        queues = min(ready, key=lambda lane: lane.turn)
+        queues.turn = next(self._clock)
+        packed = self._take(queues.admitted)
+        # Rotation: rows that had to stay out (possible once a limit was lowered) are first next time.
+        stayed = [row for row in queues.admitted if row not in packed]
+        queues.admitted = deque([*stayed, *packed])
+        return packed
+
+    def retire(self) -> list[Row]:
+        """Remove and return the rows that are done, cancelled or failed."""
+        retired: list[Row] = []
+        for lane, queues in list(self._lanes.items()):
+            retired += queues.dropped
+            retired += [row for row in queues.admitted if row.leaving]
+            queues.dropped = []
+            queues.admitted = deque(row for row in queues.admitted if not row.leaving)
+            if not queues.admitted and not queues.waiting:
+                del self._lanes[lane]
+        for row in retired:
+            del self._rows[row.id]
+        self._retired += len(retired)
+        return retired
+
+    def check(self) -> None:
+        """Raise BrokenInvariant where the books contradict themselves. Linear in the rows held."""
+        held = [row.id for queues in self._lanes.values() for row in queues.rows()]
+        _hold(len(set(held)) == len(held), "a row is in two places", held)
+        _hold(set(held) == set(self._rows), "the index and the lanes differ", set(held) ^ set(self._rows))
+        _hold(self._added == self._retired + len(held), "rows were lost", (self._added, self._retired, len(held)))
+        for lane, queues in self._lanes.items():
+            _hold(bool(queues.rows()), "an empty lane is kept", lane)
+            _hold(all(row.lane == lane for row in queues.rows()), "a row is in another lane", lane)
+            _hold(not any(row.cancelled for row in queues.waiting), "a cancelled row waits", lane)
+
+    def _fits(self, units: int, rows: int, row: Row) -> bool:
+        """Whether a row may join `rows` rows of `units` units. A row may always be alone."""
+        return rows == 0 or (units + row.units <= self.max_units and rows < self.max_rows)
+
+    def _take(self, admitted: deque[Row]) -> list[Row]:
+        """The first row that can step, and what fits beside it, in order."""
+        packed: list[Row] = []
+        units = 0
+        for row in admitted:
+            if not row.leaving and self._fits(units, len(packed), row):
+                packed.append(row)
+                units += row.units
+        return packed
+
+
+def _hold(holds: bool, what: str, where: object) -> None:
+    if not holds:
+        raise BrokenInvariant(f"packer: {what}: {where}")
