@@ -1,0 +1,122 @@
+"""Settings: environment variables, and the embedded default when none is set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from platformdirs import user_data_path
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from jobs.errors import SettingsError
+
+BROKER_SCHEMES = ("memory", "redis", "rediss")
+STORAGE_SCHEMES = ("file", "s3")
+ModelPath = Path | Literal["shipped"]
+
+
+def _in_home(name: str, prefix: str) -> Any:
+    return lambda data: f"{prefix}{data['home'] / name}"
+
+
+def _shipped_model() -> dict[str, ModelPath]:
+    return {"nightshift-mini": "shipped"}
+
+
+class Settings(BaseSettings):
+    """Where things are. Each field reads NIGHTSHIFT_<FIELD>; URLs may hold passwords and are never shown."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NIGHTSHIFT_", env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    home: Path = Field(
+        default_factory=lambda: user_data_path("nightshift"),
+        description="data directory of the embedded default; made when missing",
+    )
+    database_url: str = Field(
+        default_factory=_in_home("nightshift.db", "sqlite:///"),
+        repr=False,
+        description="SQLAlchemy URL: sqlite:////dir/nightshift.db or postgresql://user:password@host/name",
+    )
+    broker_url: str = Field(
+        default="memory://",
+        repr=False,
+        description="Celery broker: redis://host:6379/0, rediss://..., or memory:// (the worker looks by itself)",
+    )
+    storage_url: str = Field(
+        default_factory=_in_home("storage", "file://"),
+        repr=False,
+        description="file:///dir or s3://bucket/prefix; credentials and endpoint by boto3's own variables (AWS_...)",
+    )
+    models: Annotated[dict[str, ModelPath], NoDecode] = Field(
+        default_factory=_shipped_model,
+        description="the worker's models: name=path, separated by commas; the path `shipped` is the model inside",
+    )
+
+    def __init__(self, **values: Any) -> None:
+        """Raises SettingsError, naming the variable; pydantic's own error would show the value, password and all."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # A default that depends on a bad value is no news of its own.
+            bad = [details for details in error.errors() if details["type"] != "default_factory_not_called"]
+            raise SettingsError("; ".join(_sentence(details) for details in bad)) from None
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, url: str) -> str:
+        return _known_scheme(url, BROKER_SCHEMES, "filesystem:// and sqla:// lose messages")
+
+    @field_validator("storage_url")
+    @classmethod
+    def _known_storage(cls, url: str) -> str:
+        return _known_scheme(url, STORAGE_SCHEMES, "a plain path is written file:///dir")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _read_models(cls, value: object) -> object:
+        """`name=path,name=path`; a mapping passes as it is."""
+        if isinstance(value, Mapping):
+            return dict(value)
+        pairs = [pair.strip() for pair in str(value).split(",") if pair.strip()]
+        models = {name.strip(): path.strip() for name, found, path in (pair.partition("=") for pair in pairs) if found}
+        if len(models) != len(pairs) or not all(models) or not all(models.values()):
+            raise ValueError("is no list of distinct name=path, separated by commas")
+        return models
+
+    def make_home(self) -> None:
+        """Make the data directory if anything lives there, for its owner alone: prompts and pictures are private."""
+        if {"database_url", "storage_url"} <= self.model_fields_set:
+            return
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"NIGHTSHIFT_HOME: cannot make {self.home}: {error.strerror}") from None
+
+
+def _known_scheme(url: str, schemes: tuple[str, ...], hint: str) -> str:
+    try:
+        scheme = urlsplit(url).scheme
+    except ValueError:
+        scheme = ""
+    if scheme not in schemes:
+        known = ", ".join(f"{each}://" for each in schemes)
+        raise ValueError(f"begins with {scheme + '://' if scheme else 'no scheme'}; known are {known} ({hint})")
+    return url
+
+
+def _sentence(details: ErrorDetails) -> str:
+    name = str(details["loc"][0]) if details["loc"] else ""
+    if details["type"] == "extra_forbidden":
+        return f"there is no setting {name}; the settings are {', '.join(Settings.model_fields)}"
+    return f"NIGHTSHIFT_{name.upper()} {str(details['msg']).removeprefix('Value error, ')}"

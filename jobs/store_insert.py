@@ -1,0 +1,127 @@
+"""The store's INSERTs: many rows in one transaction, nothing per row but its validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from jobs.db import db_now
+from jobs.errors import FieldError, InvalidSpec
+from jobs.models import MAX_ATTEMPTS, job
+from jobs.models import batch as batch_table
+from jobs.spec import JobSpec
+from jobs.states import State
+from jobs.store_read import chunks
+from jobs.views import JobView, Output
+
+#: Rows sent to the database at once: bounds memory, costs nothing measurable in speed.
+ROWS_AT_ONCE = 2000
+MAX_NAME = 200
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job that may be inserted."""
+
+    id: UUID
+    spec: JobSpec
+    idempotency_key: str | None
+
+
+def prepare(
+    specs: Sequence[JobSpec], idempotency_keys: Sequence[str | None] | None, rng: random.Random
+) -> list[Prepared]:
+    """Jobs with their ids and seeds. Raises InvalidSpec for an init image that is not stored, or an unusable key."""
+    keys = [None] * len(specs) if idempotency_keys is None else list(idempotency_keys)
+    if len(keys) != len(specs):
+        raise InvalidSpec(
+            FieldError("idempotency_keys", f"{len(keys)} keys for {len(specs)} specs; give one key or none per spec")
+        )
+    for key in keys:
+        _check_name("idempotency_key", key)
+    ids = ordered_ids(len(specs), time.time_ns() // 1_000_000, rng)
+    rows = [Prepared(id, spec.with_seed(rng), key) for id, spec, key in zip(ids, specs, keys, strict=True)]
+    for row in rows:
+        _ = row.spec.input_key  # refuses a picture that only this machine has
+    return rows
+
+
+def ordered_ids(count: int, now_ms: int, rng: random.Random) -> Iterator[UUID]:
+    """UUIDs (version 7) that ascend in the order given, so that a batch keeps the order of its file.
+
+    The time in them only keeps an index compact; nothing compares it with the database's clock.
+    """
+    for number in range(count):
+        high, low = number >> 14 & 0xFFF, number & 0x3FFF
+        yield UUID(int=now_ms << 80 | 7 << 76 | high << 64 | 0b10 << 62 | low << 48 | rng.getrandbits(48))
+
+
+def _check_name(field: str, name: str | None) -> None:
+    if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
+        raise InvalidSpec(
+            FieldError(field, f"{name[:40]!r} is not allowed; allowed: 1 to {MAX_NAME} printable characters")
+        )
+
+
+def jobs(connection: Connection, rows: Sequence[Prepared], *, batch: str | None, rung: bool) -> Mapping[UUID, JobView]:
+    """Insert the rows, leaving out those whose idempotency key is known; a view of each row as if it were new."""
+    now: datetime = connection.scalar(sa.select(db_now()))
+    common = {
+        "batch_id": None if batch is None else _batch_id(connection, batch, now, rows),
+        "state": State.queued,
+        "attempts": 0,
+        "max_attempts": MAX_ATTEMPTS,
+        "created_at": now,
+        "available_at": now,
+        "rung_at": now if rung else None,
+    }
+    statement = _insert_new(connection, job, "idempotency_key")
+    # In the order of the keys: two producers that insert the same keys then wait for, and never deadlock, each other.
+    in_order = sorted(rows, key=lambda row: row.idempotency_key or "")
+    for some in chunks(in_order, ROWS_AT_ONCE):
+        connection.execute(statement, [common | _columns(row) for row in some])
+    return {row.id: _new_view(row, batch, now) for row in rows}
+
+
+def _columns(row: Prepared) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "idempotency_key": row.idempotency_key,
+        "spec": row.spec.model_dump_json(),
+        "model": row.spec.model,
+        "urgency": 9 - row.spec.priority,
+    }
+
+
+def _new_view(row: Prepared, batch: str | None, now: datetime) -> JobView:
+    return JobView(row.id, State.queued, 0, None, row.spec, batch, now, None, None)
+
+
+def _batch_id(connection: Connection, name: str, now: datetime, rows: Sequence[Prepared]) -> UUID:
+    """The batch of this name, made when it is new."""
+    _check_name("batch", name)
+    fresh = rows[0].id if rows else next(ordered_ids(1, time.time_ns() // 1_000_000, random.SystemRandom()))
+    connection.execute(_insert_new(connection, batch_table, "name"), [{"id": fresh, "name": name, "created_at": now}])
+    found: UUID = connection.execute(sa.select(batch_table.c.id).where(batch_table.c.name == name)).scalar_one()
+    return found
+
+
+def _insert_new(connection: Connection, table: sa.Table, unique: str) -> sa.Insert:
+    """An INSERT that leaves out rows whose `unique` column is taken, also by a transaction that commits meanwhile."""
+    dialect = {"sqlite": sqlite, "postgresql": postgresql}[connection.dialect.name]
+    statement: sa.Insert = dialect.insert(table).on_conflict_do_nothing(index_elements=[unique])
+    return statement
+
+
+def as_row(output: Output) -> dict[str, Any]:
+    """The columns of an image."""
+    return dataclasses.asdict(output)

@@ -1,0 +1,81 @@
+"""What the store hands out: frozen values, no rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from jobs.spec import JobSpec
+from jobs.states import TERMINAL, State
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One finished image: where it is and what it is. `seed` is the seed that drew it; sizes in pixels and bytes."""
+
+    index: int
+    key: str
+    seed: int
+    width: int
+    height: int
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as it was when it was read. Times are the database's, in UTC."""
+
+    id: UUID
+    state: State
+    attempts: int
+    error: str | None
+    spec: JobSpec
+    batch: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    images: tuple[Output, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the queue is done with this job."""
+        return self.state in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's right to render a job; every write of the worker must carry its token."""
+
+    job_id: UUID
+    token: UUID
+    attempt: int
+    spec: JobSpec
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The tokens that a heartbeat found alive. A claim whose token is in neither set is lost."""
+
+    held: frozenset[UUID]
+    cancelled: frozenset[UUID]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """How many expired leases became what."""
+
+    requeued: int
+    failed: int
+    cancelled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A queued job whose bell should be rung."""
+
+    id: UUID
+    model: str
+    priority: int
