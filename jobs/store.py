@@ -167,6 +167,7 @@ class Store:
             sa.update(job)
             .where(job.c.worker_id == worker_id, job.c.state == State.running)
             .values(lease_expires_at=db_now(lease_s))
+            # The bare column: SQLite 3.40 answers "IS NOT NULL" in a RETURNING with true whatever the row holds.
             .returning(job.c.lease_token, job.c.cancel_requested_at)
         )
         with self._engines.writer.begin() as connection:
