@@ -2,6 +2,7 @@
 
 NightshiftError
 ├── InvalidSpec         the job asked for cannot be; lists every bad field      (also a ValueError)
+├── BadFile             a bulk file that cannot be read as a whole              (also a ValueError)
 ├── SettingsError       a setting is unusable: bad URL, unknown scheme, missing extra
 ├── DatabaseUnavailable the database does not answer
 ├── SchemaOutdated      the database's tables are not those of this version
@@ -39,6 +40,10 @@ class InvalidSpec(NightshiftError, ValueError):
     def __init__(self, *errors: FieldError) -> None:
         super().__init__("; ".join(str(error) for error in errors))
         self.errors = errors
+
+
+class BadFile(NightshiftError, ValueError):
+    """A bulk file as a whole cannot be read; says why and what to do."""
 
 
 class SettingsError(NightshiftError):

@@ -94,9 +94,14 @@ class Settings(BaseSettings):
             raise ValueError("is no list of distinct name=path, separated by commas")
         return models
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the database or the storage lives in the data directory."""
+        return not {"database_url", "storage_url"} <= self.model_fields_set
+
     def make_home(self) -> None:
         """Make the data directory if anything lives there, for its owner alone: prompts and pictures are private."""
-        if {"database_url", "storage_url"} <= self.model_fields_set:
+        if not self.embedded:
             return
         try:
             self.home.mkdir(mode=0o700, parents=True, exist_ok=True)

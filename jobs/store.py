@@ -318,6 +318,11 @@ class Store:
         with self._engines.reader.connect() as connection:
             return store_read.counts(connection, batch)
 
+    def unfinished(self, models: Collection[str] | None = None) -> int:
+        """How many jobs of these models, or of all, are queued or running."""
+        with self._engines.reader.connect() as connection:
+            return store_read.unfinished(connection, models)
+
     def states(self, job_ids: Collection[UUID]) -> dict[UUID, State]:
         """The state of each of these jobs that exists; cheap, for waiting."""
         with self._engines.reader.connect() as connection:

@@ -119,3 +119,11 @@ def states(connection: Connection, job_ids: Collection[UUID]) -> dict[UUID, Stat
         for some in chunks(list(job_ids))
         for job_id, state in connection.execute(sa.select(job.c.id, job.c.state).where(job.c.id.in_(some)))
     }
+
+
+def unfinished(connection: Connection, models: Collection[str] | None) -> int:
+    """How many jobs of these models, or of all, have not ended."""
+    statement = sa.select(sa.func.count()).where(job.c.state.in_((State.queued, State.running)))
+    if models is not None:
+        statement = statement.where(job.c.model.in_(models))
+    return connection.scalar(statement) or 0

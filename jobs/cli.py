@@ -1,0 +1,103 @@
+"""The one command `nightshift`: its subcommands come from entry points, each loaded when it is called.
+
+So nothing here imports upwards, and the producer's half works where torch is not installed.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+import sqlalchemy.exc
+
+from jobs.errors import BadFile, InvalidSpec, JobNotFound, NightshiftError, SettingsError
+
+GROUP = "nightshift.commands"
+#: Exit codes: 0 done, 1 it failed, 2 what was asked for is wrong.
+FAILED, WRONG = 1, 2
+_WRONG_INPUT = (BadFile, InvalidSpec, JobNotFound, SettingsError)
+
+
+class CommandUnavailable(click.ClickException):
+    """The command is known, but the part of Nightshift that has it is not installed."""
+
+    exit_code = WRONG
+
+
+class EntryPointGroup(click.Group):
+    """A group whose commands are the entry points of `nightshift.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every installed command, by name."""
+        return sorted(point.name for point in entry_points(group=GROUP))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, loaded now; one whose extra is missing answers with a sentence."""
+        for point in entry_points(group=GROUP, name=cmd_name):
+            return load(point)
+        return None
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run; an error meant for people becomes a sentence and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except NightshiftError as error:
+            raise _told(str(error), WRONG if isinstance(error, _WRONG_INPUT) else FAILED) from error
+        except sqlalchemy.exc.DBAPIError as error:  # the connection broke in the middle
+            reason = str(error.orig).strip().splitlines()[0] if error.orig else "no reason given"
+            raise _told(f"the database stopped answering: {reason}", FAILED) from error
+
+
+def load(point: EntryPoint) -> click.Command:
+    """The entry point's command, or a stand-in that says which extra to install."""
+    try:
+        command = point.load()
+    except ModuleNotFoundError as error:
+        return _stand_in(point, error.name or "a module")
+    if not isinstance(command, click.Command):
+        raise TypeError(f"entry point {point.name} of {GROUP} is no click command")
+    return command
+
+
+def _stand_in(point: EntryPoint, missing: str) -> click.Command:
+    extra = point.extras[0] if point.extras else "worker"
+    remedy = f"pip install 'nightshift[{extra}]'"
+
+    def explain(arguments: tuple[str, ...]) -> None:
+        raise CommandUnavailable(f"`nightshift {point.name}` needs {missing}, which is not installed: {remedy}")
+
+    return click.Command(
+        point.name,
+        callback=explain,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        short_help=f"(not installed: {remedy})",
+        # Whatever options the real command has, the answer is the same; also for --help.
+        context_settings={"ignore_unknown_options": True},
+        add_help_option=False,
+    )
+
+
+def _told(sentence: str, exit_code: int) -> click.ClickException:
+    told = click.ClickException(sentence)
+    told.exit_code = exit_code
+    return told
+
+
+@click.group(
+    cls=EntryPointGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Settings are read from NIGHTSHIFT_HOME, _DATABASE_URL, _BROKER_URL, _STORAGE_URL and _MODELS; "
+    "with none set, everything lives in one data directory and nothing has to be started.",
+)
+@click.version_option(package_name="nightshift", prog_name="nightshift")
+def nightshift() -> None:
+    """Render Stable Diffusion jobs from a queue."""
+
+
+def main() -> None:
+    """The console script."""
+    nightshift(prog_name="nightshift")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The producer's door: submit, look, wait, cancel, fetch."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+from uuid import UUID
+
+from jobs import schema
+from jobs.bell import Bell
+from jobs.errors import JobNotFound, StorageError, WaitTimeout
+from jobs.inputs import store_input
+from jobs.settings import Settings
+from jobs.spec import JobSpec, read_spec
+from jobs.states import TERMINAL, State
+from jobs.storage import Storage, open_storage
+from jobs.store import Store
+from jobs.views import Due, JobView
+
+#: What may be submitted: a spec, its fields, or a prompt alone.
+Submittable = JobSpec | Mapping[str, Any] | str
+#: Seconds between two looks of `wait`: soon at first, then rarely enough not to load the database.
+FIRST_LOOK_S, RARE_LOOK_S = 0.05, 1.0
+
+
+class Client:
+    """Submits jobs and follows them. Safe to share between threads; close it, or use it in a `with`."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        """Settings default to the environment. A SQLite database is made and migrated when it needs it.
+
+        Raises SettingsError, DatabaseUnavailable, SchemaOutdated.
+        """
+        self.settings = settings or Settings()
+        self.settings.make_home()
+        self._store = Store.open(self.settings.database_url)
+        schema.ensure(self._store.engines)
+
+    @cached_property
+    def _storage(self) -> Storage:
+        return open_storage(self.settings.storage_url)
+
+    @cached_property
+    def _bell(self) -> Bell:
+        return Bell(self.settings.broker_url)
+
+    def submit(
+        self, spec: Submittable | None = None, /, *, idempotency_key: str | None = None, **fields: Any
+    ) -> JobView:
+        """Submit one job: a spec, or its fields (`submit("a red star", steps=12)`).
+
+        With an idempotency key that was used before, the first job comes back and nothing new is made.
+        Raises InvalidSpec, StorageError.
+        """
+        chosen = _as_spec(spec, fields)
+        return self.submit_many([chosen], idempotency_keys=[idempotency_key])[0]
+
+    def submit_many(
+        self,
+        specs: Iterable[Submittable],
+        *,
+        batch: str | None = None,
+        idempotency_keys: Sequence[str | None] | None = None,
+    ) -> list[JobView]:
+        """Submit many jobs in one transaction, all or none; their views in the order given.
+
+        `batch` names a set to which they are added. Raises InvalidSpec, StorageError.
+        """
+        ready = self._with_inputs([_as_spec(spec, {}) for spec in specs])
+        views = self._store.submit(ready, batch=batch, idempotency_keys=idempotency_keys, rung=self._bell.rings)
+        self._ring(view for view in views if view.state == State.queued)
+        return views
+
+    def _with_inputs(self, specs: Sequence[JobSpec]) -> list[JobSpec]:
+        """The specs with every init image stored; one file that many jobs name is read once."""
+        stored: dict[tuple[bytes | Path | None, bool], JobSpec] = {}
+        ready = []
+        for spec in specs:
+            if spec.init_image is not None:
+                # Without a size of its own a job takes the picture's, which then must be in range.
+                source = (spec.init_image, None in (spec.width, spec.height))
+                if source not in stored:
+                    stored[source] = store_input(spec, self._storage)
+                spec = spec.model_copy(update={"init_image": stored[source].init_image})
+            ready.append(spec)
+        return ready
+
+    def store_input(self, spec: JobSpec) -> JobSpec:
+        """The spec with its init image checked and stored; submitting it later reads no file.
+
+        Raises InvalidSpec, StorageError.
+        """
+        return store_input(spec, self._storage)
+
+    def _ring(self, views: Iterable[JobView]) -> None:
+        self._bell.ring(Due(view.id, view.spec.model, view.spec.priority) for view in views)
+
+    def get(self, job_id: UUID | str) -> JobView:
+        """The job as it is now. Raises JobNotFound."""
+        return self._store.get(as_id(job_id))
+
+    def jobs(
+        self,
+        *,
+        ids: Collection[UUID] | None = None,
+        batch: str | None = None,
+        state: State | None = None,
+        limit: int | None = None,
+    ) -> list[JobView]:
+        """The jobs that match, the newest first."""
+        return self._store.jobs(ids=ids, batch=batch, state=state, limit=limit)
+
+    def counts(self, batch: str | None = None) -> dict[State, int]:
+        """How many jobs are in each state, of a batch or of all."""
+        return self._store.counts(batch)
+
+    def batch(self, name: str) -> Batch:
+        """The batch of that name; one that nobody submitted yet is empty."""
+        return Batch(self, name)
+
+    @overload  # a str is an Iterable of str too, to the type checker; the first overload wins
+    def wait(self, jobs: UUID | str | JobView, timeout: float | None = None) -> JobView: ...  # type: ignore[overload-overlap]
+    @overload
+    def wait(self, jobs: Iterable[UUID | str | JobView], timeout: float | None = None) -> list[JobView]: ...
+    def wait(
+        self, jobs: UUID | str | JobView | Iterable[UUID | str | JobView], timeout: float | None = None
+    ) -> JobView | list[JobView]:
+        """The job or jobs once they have ended, however they ended; `timeout` in seconds, none: as long as it takes.
+
+        Raises WaitTimeout, JobNotFound.
+        """
+        if isinstance(jobs, (UUID, str, JobView)):
+            return self.wait([jobs], timeout)[0]
+        ids = [job.id if isinstance(job, JobView) else as_id(job) for job in jobs]
+        self._wait_for(ids, timeout)
+        views = {view.id: view for some in _slices(ids) for view in self.jobs(ids=some)}
+        return [views[job_id] for job_id in ids]
+
+    def _wait_for(self, ids: Sequence[UUID], timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause, look_s, open_ids = threading.Event(), FIRST_LOOK_S, set(ids)
+        while True:
+            states = self._store.states(open_ids)
+            if missing := open_ids - states.keys():
+                raise JobNotFound(f"there is no job {min(missing)}")
+            open_ids = {job_id for job_id, state in states.items() if state not in TERMINAL}
+            if not open_ids:
+                return
+            if deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(f"{len(open_ids)} of {len(set(ids))} jobs did not end within {timeout} s")
+            left_s = RARE_LOOK_S if deadline is None else max(0.0, deadline - time.monotonic())
+            pause.wait(min(look_s, left_s))
+            look_s = min(RARE_LOOK_S, look_s * 1.5)
+
+    def cancel(self, job_id: UUID | str) -> State:
+        """Cancel a queued job, or ask the worker of a running one to stop; the state it is in now.
+
+        Raises JobNotFound, or JobConflict when the job has ended.
+        """
+        return self._store.cancel(as_id(job_id))
+
+    def retry(self, job_id: UUID | str) -> None:
+        """Put a failed job back into the queue. Raises JobNotFound, or JobConflict for any other state."""
+        self._store.retry(as_id(job_id))
+        self._ring([self.get(job_id)])
+
+    def image_bytes(self, job_id: UUID | str, index: int = 0) -> bytes:
+        """The PNG of one image. Raises JobNotFound when there is none (yet), StorageError."""
+        found = {image.index: image for image in self.get(job_id).images}.get(index)
+        if found is None:
+            raise JobNotFound(f"job {job_id} has no image {index}")
+        data = self._storage.get(found.key)
+        if hashlib.sha256(data).hexdigest() != found.sha256:
+            raise StorageError(f"image {index} of job {job_id} is not what the worker stored (its sha256 differs)")
+        return data
+
+    def image_url(self, job_id: UUID | str, index: int = 0) -> str:
+        """Where the image is: file:///... or s3://... Raises JobNotFound when there is none (yet)."""
+        for image in self.get(job_id).images:
+            if image.index == index:
+                return self._storage.url(image.key)
+        raise JobNotFound(f"job {job_id} has no image {index}")
+
+    def close(self) -> None:
+        """Close the connections to database and broker."""
+        self._store.close()
+        if "_bell" in self.__dict__:
+            self._bell.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Batch:
+    """A named set of jobs."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self.name = name
+
+    def counts(self) -> dict[State, int]:
+        """How many of its jobs are in each state."""
+        return self._client.counts(self.name)
+
+    def jobs(self, *, state: State | None = None) -> list[JobView]:
+        """Its jobs, in the order in which they were submitted."""
+        return self._client.jobs(batch=self.name, state=state)[::-1]
+
+    def wait(self, timeout: float | None = None) -> list[JobView]:
+        """Its jobs once all have ended. Raises WaitTimeout."""
+        return self._client.wait([view.id for view in self.jobs()], timeout)
+
+
+def as_id(text: UUID | str) -> UUID:
+    """The job id of this text. Raises JobNotFound: what is no id names no job."""
+    if isinstance(text, UUID):
+        return text
+    try:
+        return UUID(text)
+    except ValueError:
+        raise JobNotFound(f"{text[:60]!r} is no job id; an id looks like {UUID(int=7 << 76 | 1 << 63)}") from None
+
+
+def _as_spec(spec: Submittable | None, fields: Mapping[str, Any]) -> JobSpec:
+    if isinstance(spec, JobSpec):
+        return read_spec({**spec.model_dump(), **fields}) if fields else spec
+    if isinstance(spec, str):
+        return read_spec({"prompt": spec, **fields})
+    return read_spec({**(spec or {}), **fields})
+
+
+def _slices(ids: Sequence[UUID], size: int = 500) -> Iterable[Sequence[UUID]]:
+    return (ids[start : start + size] for start in range(0, len(ids), size))

@@ -1,0 +1,169 @@
+"""Storage: pictures in and out, by key, in a directory or in S3; one protocol, the same contract tests."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError
+
+MAX_KEY = 512
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
+
+
+class Storage(Protocol):
+    """Objects by key. A put is whole or not at all, and replaces what was there. Safe to share between threads.
+
+    Every method raises InvalidKey for a key that `check_key` refuses, StorageError when the storage does not answer.
+    """
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        """Store the bytes under the key."""
+
+    def get(self, key: str) -> bytes:
+        """The bytes of the key. Raises KeyNotFound."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; one that is not there is no error."""
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of that key."""
+
+    def url(self, key: str) -> str:
+        """Where a person or another program finds the object: file:///... or s3://bucket/..."""
+
+
+def check_key(key: str) -> str:
+    """The key itself, when it is parts of letters, digits, `.`, `_` and `-`, joined by `/`. Raises InvalidKey.
+
+    A part begins with a letter or digit, so neither `..` nor a hidden or temporary file is ever named.
+    """
+    if len(key) > MAX_KEY or not all(_PART.match(part) for part in key.split("/")):
+        raise InvalidKey(
+            f"storage key {key[:80]!r} is not allowed; allowed: at most {MAX_KEY} characters, parts of letters, digits, "
+            "dots, dashes and underscores, each beginning with a letter or digit, joined by /"
+        )
+    return key
+
+
+def open_storage(url: str) -> Storage:
+    """The storage of NIGHTSHIFT_STORAGE_URL. Raises SettingsError."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise SettingsError("NIGHTSHIFT_STORAGE_URL names no absolute folder; write file:///dir (three slashes)")
+        return DirStorage(Path(unquote(parts.path)))
+    if parts.scheme == "s3":
+        return _open_s3(parts.netloc, parts.path.strip("/"))
+    raise SettingsError("NIGHTSHIFT_STORAGE_URL begins with neither file:// nor s3://")
+
+
+def _open_s3(bucket: str, prefix: str) -> Storage:
+    if not bucket or "@" in bucket:
+        raise SettingsError(
+            "NIGHTSHIFT_STORAGE_URL names no bucket; write s3://bucket/prefix (credentials go into AWS_... variables)"
+        )
+    if prefix:
+        check_key(prefix)
+    try:
+        # Loaded here, not above: boto3 is an extra that a directory does not need.
+        module = importlib.import_module("jobs.storage_s3")
+    except ModuleNotFoundError as error:
+        if error.name not in ("boto3", "botocore"):
+            raise
+        raise SettingsError(
+            "NIGHTSHIFT_STORAGE_URL names S3, whose client is not installed: pip install 'nightshift[s3]'"
+        ) from None
+    storage: Storage = module.S3Storage(bucket, prefix)
+    return storage
+
+
+class DirStorage:
+    """Objects as files under `root`. Nothing outside it is ever touched, whatever links somebody puts inside."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"NIGHTSHIFT_STORAGE_URL: cannot make {self._root}: {error.strerror}") from None
+        self._real_root = self._root.resolve()
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        """As Storage.put. The bytes are on the disk before the name is: a crash leaves no half file in sight."""
+        path = self._path(key)
+        temporary = path.parent / f".{secrets.token_hex(8)}.part"  # no key is called like that
+        with _told(key):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._check_inside(path.parent, key)
+            try:
+                _write_through(temporary, data)
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_folder(path.parent)
+
+    def get(self, key: str) -> bytes:
+        """As Storage.get."""
+        path = self._path(key)
+        with _told(key):
+            self._check_inside(path.parent, key)
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                return file.read()
+
+    def delete(self, key: str) -> None:
+        """As Storage.delete."""
+        path = self._path(key)
+        self._check_inside(path.parent, key)
+        with _told(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+    def exists(self, key: str) -> bool:
+        """As Storage.exists."""
+        path = self._path(key)
+        self._check_inside(path.parent, key)
+        return path.is_file() and not path.is_symlink()
+
+    def url(self, key: str) -> str:
+        """The file's own URL."""
+        return self._path(key).as_uri()
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _check_inside(self, folder: Path, key: str) -> None:
+        if not folder.resolve().is_relative_to(self._real_root):
+            raise InvalidKey(f"storage key {key!r} leads out of {self._root} through a link; remove the link")
+
+
+@contextlib.contextmanager
+def _told(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise KeyNotFound(f"the storage has no object {key}") from None
+    except OSError as error:
+        raise StorageError(f"the storage cannot reach {key}: {error.strerror}") from error
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
