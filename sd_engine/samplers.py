@@ -208,7 +208,8 @@ def _dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> _Way
     alpha, alpha_after = 1 / np.hypot(1, now), 1 / np.hypot(1, after)
     h = np.log(now[:-1] / now[1:])  # of each line but the last, whose h is infinite
     half = np.zeros(steps)  # 1 / 2r, with r the h before over this h
-    half[1:-1] = h[1:] / (2 * h[:-1])
+    with np.errstate(divide="ignore", invalid="ignore"):  # two equal sigmas: `step_table` refuses what is not finite
+        half[1:-1] = h[1:] / (2 * h[:-1])
     k = alpha_after * (1 - after / now)
     zeros = np.zeros(steps)
     return _Way(
@@ -226,8 +227,8 @@ def _dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False) -> _Way
 
 def _dpmpp_sigmas(schedule: NoiseSchedule, steps: int, karras: bool) -> tuple[Floats, Floats]:
     """t and sigma before each step. Karras runs over the whole training range, and tells the model whole timesteps."""
-    t = schedule.timesteps(steps, default=_SIGMA_SPACING, spare=1)
     if not karras:
+        t = schedule.timesteps(steps, default=_SIGMA_SPACING, spare=1)
         return t, schedule.sigmas_at(t)
     now = karras_sigmas(float(schedule.train_sigmas[-1]), float(schedule.train_sigmas[0]), steps)
     t = schedule.sigma_to_t(now)

@@ -100,8 +100,9 @@ class NoiseSchedule:
     @property
     def train_sigmas(self) -> Floats:
         """Noise over picture at each training timestep, rising. float64 [train_steps]."""
-        kept = self.alphas_cumprod
-        return np.sqrt((1 - kept) / kept)
+        # Rounded to float32 as in the reference, which rounds Karras timesteps: they must fall on the same side.
+        kept = self.alphas_cumprod.astype(np.float32)
+        return np.asarray(np.sqrt((1 - kept) / kept), dtype=np.float64)
 
     def timesteps(self, steps: int, *, default: Spacing, spare: int = 0, whole: bool = True) -> Floats:
         """The training timesteps of an image of `steps` steps, falling. float64 [steps].
@@ -133,7 +134,8 @@ class NoiseSchedule:
 
     def sigma_to_t(self, sigmas: Floats) -> Floats:
         """The fractional timesteps of sigmas, linear in log sigma and held at the ends, as the reference does."""
-        return np.interp(np.log(sigmas), np.log(self.train_sigmas), np.arange(self.train_steps))
+        train_logs = np.log(self.train_sigmas.astype(np.float32))
+        return np.interp(np.log(sigmas), train_logs, np.arange(self.train_steps))
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:

@@ -1,0 +1,222 @@
+"""The packer's promises, on integers only: no model, no tensors, no time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sd_engine.errors import BrokenInvariant
+from sd_engine.packer import Packer
+from sd_engine.request import Lane, Request, Row
+from sd_engine.samplers import Col, StepTable
+
+LANES = (Lane("mini", 64, 64), Lane("mini", 64, 128), Lane("other", 64, 64), Lane("mini", 128, 128))
+CELLS = 64  # units of an unguided row of the first lane: 8 x 8 latent pixels
+_ids = count(1)
+
+
+def new_row(lane: Lane = LANES[0], *, guided: bool = False, steps: int = 3) -> Row:
+    table = StepTable(np.zeros((steps, len(Col))), 1.0, 1.0, 1.0)
+    return Row(next(_ids), Request("x", guidance=7.5 if guided else None), lane, table)
+
+
+def step(packer: Packer) -> tuple[list[Row], list[Row]]:
+    """One engine step: (packed, retired)."""
+    packer.admit()
+    packer.check()
+    packed = packer.pack()
+    packer.check()
+    for row in packed:
+        row.step += 1
+    retired = packer.retire()
+    packer.check()
+    return packed, retired
+
+
+def assert_within_limits(packer: Packer, packed: list[Row]) -> None:
+    assert len({row.lane for row in packed}) <= 1
+    assert len(set(map(id, packed))) == len(packed)
+    assert not any(row.cancelled or row.error for row in packed)
+    if len(packed) > 1:
+        assert sum(row.units for row in packed) <= packer.max_units
+        assert len(packed) <= packer.max_rows
+
+
+rows = st.builds(new_row, st.sampled_from(LANES), guided=st.booleans(), steps=st.integers(1, 6))
+events = st.one_of(
+    st.tuples(st.just("add"), rows),
+    st.tuples(st.just("step"), st.none()),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("fail"), st.integers(0, 30)),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(events, max_size=60), st.integers(1, 12 * CELLS), st.integers(1, 5))
+def test_each_row_retires_exactly_once_whatever_happens(
+    events: list[tuple[str, Row | int | None]], max_units: int, max_rows: int
+) -> None:
+    packer = Packer(max_units, max_rows)
+    added: list[Row] = []
+    retired: Counter[int] = Counter()
+    for event, subject in events:
+        if isinstance(subject, Row):
+            packer.add(subject)
+            added.append(subject)
+        elif event == "cancel" and isinstance(subject, int) and subject < len(added):
+            held = added[subject].id not in retired
+            assert packer.cancel(added[subject].id) == held
+        elif event == "fail" and isinstance(subject, int) and subject < len(added) and added[subject].step > 0:
+            added[subject].error = ArithmeticError("NaN")  # as the runner does to a row that it has stepped
+        else:
+            packed, gone = step(packer)
+            assert_within_limits(packer, packed)
+            retired.update(row.id for row in gone)
+        packer.check()
+        assert len(packer) == len(added) - retired.total()
+    left = sum(len(row.table) - row.step for row in added if row.id not in retired and not row.leaving)
+    for _ in range(left + 1):  # every pack moves at least one row, so the work left bounds the packs needed
+        retired.update(row.id for row in step(packer)[1])
+    assert packer.idle
+    assert retired == Counter(row.id for row in added)
+    for row in added:
+        assert row.done or row.cancelled or row.error is not None
+        assert row.step <= len(row.table)
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=20), st.integers(1, 12 * CELLS), st.integers(1, 5))
+def test_no_admitted_row_waits_longer_than_one_round_of_the_lanes(
+    added: list[Row], max_units: int, max_rows: int
+) -> None:
+    """Rows keep arriving in every lane, and still an admitted row steps once in as many packs as there are lanes."""
+    packer = Packer(max_units, max_rows)
+    for row in added:
+        packer.add(row)
+    waited: Counter[int] = Counter()
+    for turn in range(30):
+        packer.add(new_row(LANES[turn % len(LANES)], steps=1 + turn % 3))
+        for row in packer.admit():
+            waited[row.id] = 0
+        packed = packer.pack()
+        for row in packed:
+            row.step += 1
+            waited[row.id] = -1
+        for row in packer.retire():
+            del waited[row.id]
+        for row_id in waited:
+            waited[row_id] += 1
+        assert all(turns < len(LANES) for turns in waited.values())
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=20), st.integers(1, 12 * CELLS), st.integers(1, 5))
+def test_rows_of_a_lane_are_admitted_in_the_order_they_came(added: list[Row], max_units: int, max_rows: int) -> None:
+    packer = Packer(max_units, max_rows)
+    for row in added:
+        packer.add(row)
+    admitted: list[Row] = []
+    while not packer.idle:
+        admitted += packer.admit()
+        for row in packer.pack():
+            row.step += 1
+        packer.retire()
+    for lane in LANES:
+        assert [row.id for row in admitted if row.lane == lane] == [row.id for row in added if row.lane == lane]
+
+
+def test_rows_join_and_leave_at_every_step() -> None:
+    packer = Packer(max_units=2 * CELLS)
+    short, long, late = new_row(steps=1), new_row(steps=3), new_row(steps=1)
+    packer.add(short)
+    packer.add(long)
+    packer.add(late)
+    assert step(packer) == ([short, long], [short])
+    assert step(packer) == ([long, late], [late])
+    assert step(packer) == ([long], [long])
+    assert packer.idle
+
+
+def test_a_row_larger_than_the_limit_goes_alone() -> None:
+    packer = Packer(max_units=CELLS)
+    big, small = new_row(guided=True, steps=2), new_row(steps=1)
+    packer.add(big)
+    packer.add(small)
+    assert step(packer) == ([big], [])
+    assert step(packer) == ([big], [big])
+    assert step(packer) == ([small], [small])
+
+
+def test_lanes_take_turns() -> None:
+    packer = Packer(max_units=100 * CELLS)
+    for lane in LANES[:3]:
+        packer.add(new_row(lane, steps=4))
+    assert [step(packer)[0][0].lane for _ in range(6)] == [*LANES[:3], *LANES[:3]]
+
+
+def test_admitted_rows_step_in_rotation_when_a_limit_was_lowered() -> None:
+    """The way out of too little memory: admitted rows stay admitted, smaller packs take them in turns."""
+    packer = Packer(max_units=4 * CELLS)
+    added = [new_row(steps=4) for _ in range(4)]
+    for row in added:
+        packer.add(row)
+    assert step(packer)[0] == added
+    packer.max_units = 2 * CELLS
+    assert [step(packer)[0] for _ in range(3)] == [added[:2], added[2:], added[:2]]
+
+
+def test_cancel_takes_a_waiting_row_out_before_it_is_admitted() -> None:
+    packer = Packer(max_units=CELLS)
+    first, waiting = new_row(), new_row()
+    packer.add(first)
+    packer.add(waiting)
+    packer.admit()
+    assert packer.cancel(waiting.id)
+    assert packer.cancel(waiting.id), "still held, so cancelling twice is no error"
+    assert packer.retire() == [waiting]
+    assert not packer.cancel(waiting.id)
+    assert packer.pack() == [first]
+
+
+def test_a_row_cancelled_between_pack_and_retire_leaves_at_once() -> None:
+    packer = Packer(max_units=CELLS)
+    row = new_row(steps=9)
+    packer.add(row)
+    packer.admit()
+    packer.pack()
+    packer.cancel(row.id)
+    assert packer.pack() == []
+    assert packer.retire() == [row]
+    assert packer.idle
+
+
+def test_an_id_is_held_once() -> None:
+    packer = Packer(max_units=CELLS)
+    row = new_row()
+    packer.add(row)
+    with pytest.raises(ValueError, match="needs an id of its own"):
+        packer.add(row)
+
+
+def test_an_idle_packer_packs_nothing() -> None:
+    packer = Packer(max_units=CELLS)
+    assert (packer.admit(), packer.pack(), packer.retire(), len(packer), packer.idle) == ([], [], [], 0, True)
+
+
+def test_limits_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_units=0"):
+        Packer(0)
+
+
+def test_check_finds_a_row_that_was_moved_behind_the_packers_back() -> None:
+    packer = Packer(max_units=CELLS)
+    row = new_row()
+    packer.add(row)
+    row.lane = LANES[1]
+    with pytest.raises(BrokenInvariant, match="in another lane"):
+        packer.check()
