@@ -68,11 +68,13 @@ def test_each_row_retires_exactly_once_whatever_happens(
         if isinstance(subject, Row):
             packer.add(subject)
             added.append(subject)
-        elif event == "cancel" and isinstance(subject, int) and subject < len(added):
-            held = added[subject].id not in retired
-            assert packer.cancel(added[subject].id) == held
-        elif event == "fail" and isinstance(subject, int) and subject < len(added) and added[subject].step > 0:
-            added[subject].error = ArithmeticError("NaN")  # as the runner does to a row that it has stepped
+        elif event == "cancel" and isinstance(subject, int) and added:
+            row = added[-1 - subject % len(added)]
+            assert packer.cancel(row.id) == (row.id not in retired)
+        elif event == "fail" and isinstance(subject, int) and added:
+            row = added[-1 - subject % len(added)]
+            if row.step > 0 and row.id not in retired:
+                row.error = ArithmeticError("NaN")  # as the runner does to a row that it has stepped
         else:
             packed, gone = step(packer)
             assert_within_limits(packer, packed)
@@ -193,6 +195,17 @@ def test_a_row_cancelled_between_pack_and_retire_leaves_at_once() -> None:
     assert packer.pack() == []
     assert packer.retire() == [row]
     assert packer.idle
+
+
+def test_a_cancelled_row_is_not_stepped_beside_its_neighbours() -> None:
+    packer = Packer(max_units=3 * CELLS)
+    added = [new_row(), new_row(), new_row()]
+    for row in added:
+        packer.add(row)
+    packer.admit()
+    packer.cancel(added[1].id)
+    added[2].error = ArithmeticError("NaN")
+    assert step(packer) == ([added[0]], [added[1], added[2]])
 
 
 def test_an_id_is_held_once() -> None:
