@@ -13,15 +13,19 @@ import sqlalchemy.exc
 from jobs.errors import BadFile, InvalidSpec, JobNotFound, NightshiftError, SettingsError
 
 GROUP = "nightshift.commands"
-#: Exit codes: 0 done, 1 it failed, 2 what was asked for is wrong.
-FAILED, WRONG = 1, 2
 _WRONG_INPUT = (BadFile, InvalidSpec, JobNotFound, SettingsError)
 
 
-class CommandUnavailable(click.ClickException):
-    """The command is known, but the part of Nightshift that has it is not installed."""
+class Wrong(click.ClickException):
+    """What was asked for is wrong; also a command whose part of Nightshift is not installed."""
 
-    exit_code = WRONG
+    exit_code = 2
+
+
+class Failed(click.ClickException):
+    """What was asked for did not work."""
+
+    exit_code = 1
 
 
 class EntryPointGroup(click.Group):
@@ -42,10 +46,10 @@ class EntryPointGroup(click.Group):
         try:
             return super().invoke(ctx)
         except NightshiftError as error:
-            raise _told(str(error), WRONG if isinstance(error, _WRONG_INPUT) else FAILED) from error
+            raise (Wrong if isinstance(error, _WRONG_INPUT) else Failed)(str(error)) from error
         except sqlalchemy.exc.DBAPIError as error:  # the connection broke in the middle
             reason = str(error.orig).strip().splitlines()[0] if error.orig else "no reason given"
-            raise _told(f"the database stopped answering: {reason}", FAILED) from error
+            raise Failed(f"the database stopped answering: {reason}") from error
 
 
 def load(point: EntryPoint) -> click.Command:
@@ -64,7 +68,7 @@ def _stand_in(point: EntryPoint, missing: str) -> click.Command:
     remedy = f"pip install 'nightshift[{extra}]'"
 
     def explain(arguments: tuple[str, ...]) -> None:
-        raise CommandUnavailable(f"`nightshift {point.name}` needs {missing}, which is not installed: {remedy}")
+        raise Wrong(f"`nightshift {point.name}` needs {missing}, which is not installed: {remedy}")
 
     return click.Command(
         point.name,
@@ -75,12 +79,6 @@ def _stand_in(point: EntryPoint, missing: str) -> click.Command:
         context_settings={"ignore_unknown_options": True},
         add_help_option=False,
     )
-
-
-def _told(sentence: str, exit_code: int) -> click.ClickException:
-    told = click.ClickException(sentence)
-    told.exit_code = exit_code
-    return told
 
 
 @click.group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jobs.bulkfile import Row, read_bulk
 from jobs.client import Client, as_id
 from jobs.db import open_engines
 from jobs.errors import InvalidSpec
+from jobs.models import SCHEMA_REVISION
 from jobs.options import (
     as_json,
     counts_as_json,
@@ -25,7 +27,7 @@ from jobs.options import (
     spec_options,
 )
 from jobs.settings import Settings
-from jobs.spec import JobSpec, read_spec
+from jobs.spec import read_spec
 from jobs.states import State
 from jobs.views import JobView
 
@@ -54,7 +56,7 @@ Examples:
 )
 @click.option("--json", "json_form", is_flag=True, help="Print the job as JSON.")
 @click.pass_context
-def submit(context: click.Context, prompt: str, json_form: bool, wait: bool, **options: Any) -> None:
+def submit(context: click.Context, /, prompt: str, json_form: bool, wait: bool, **options: Any) -> None:
     """Submit one job; prints its id."""
     spec = read_spec(from_words({"prompt": prompt, **given_fields(options)}), from_text=True)
     with Client() as client:
@@ -91,7 +93,7 @@ Examples:
 @click.option("--json", "json_form", is_flag=True, help="Print the outcome as JSON.")
 @click.pass_context
 def bulk(
-    context: click.Context, file: Path, batch: str | None, skip_invalid: bool, json_form: bool, **options: Any
+    context: click.Context, /, file: Path, batch: str | None, skip_invalid: bool, json_form: bool, **options: Any
 ) -> None:
     """Submit every row of FILE (txt: a prompt a line, csv, jsonl) in one transaction.
 
@@ -115,8 +117,9 @@ def _read(file: Path, defaults: dict[str, str]) -> list[Row]:
     rows = read_bulk(file, defaults)
     if not on_terminal():
         return list(rows)
-    with click.progressbar(rows, label="reading", file=click.get_text_stream("stderr")) as watched:
-        return list(watched)
+    with click.progressbar(rows, label="reading", file=sys.stderr) as watched:
+        found: list[Row] = list(watched)
+    return found
 
 
 def _stored(client: Client, rows: Sequence[Row]) -> list[Row]:
@@ -213,5 +216,5 @@ def upgrade() -> None:
         before = schema.upgrade(engines)
     finally:
         engines.dispose()
-    after = schema.SCHEMA_REVISION
+    after = SCHEMA_REVISION
     click.echo(f"{engines.shown} is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))

@@ -33,7 +33,7 @@ SPEC_OPTIONS: Mapping[str, str] = {
 
 def spec_options(command: Decorated) -> Decorated:
     """Add one option per field of the spec; those not given are left out of `given_fields`."""
-    for field, metavar in reversed(SPEC_OPTIONS.items()):
+    for field, metavar in reversed(list(SPEC_OPTIONS.items())):
         option = click.option(f"--{field.replace('_', '-')}", field, metavar=metavar, help=ALLOWED[field])
         command = option(command)
     return command

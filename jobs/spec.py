@@ -69,12 +69,12 @@ class InputKey(str):
 
 def _clean_text(text: str) -> str:
     """One line of NFC text. Raises ValueError for control characters: nobody means them, and PostgreSQL refuses NUL."""
-    text = unicodedata.normalize("NFC", text.translate(_BLANKS)).strip()
+    text = unicodedata.normalize("NFC", text.translate(_BLANKS))
     if not text.isprintable():  # a cheap first look: almost every prompt ends here
         bad = sorted({f"U+{ord(char):04X}" for char in text if unicodedata.category(char) in ("Cc", "Cs")})
         if bad:
             raise ValueError(f"has control characters ({', '.join(bad)})")
-    return text
+    return text.strip()
 
 
 def _nonempty(text: str) -> str:
@@ -178,7 +178,7 @@ def read_spec(fields: Mapping[str, object], *, from_text: bool = False) -> JobSp
     Raises InvalidSpec with one entry per bad field.
     """
     try:
-        return JobSpec.model_validate_strings(fields) if from_text else JobSpec.model_validate(fields)
+        return JobSpec.model_validate(fields, strict=not from_text)
     except ValidationError as error:
         raise InvalidSpec(*describe_errors(error)) from None
 

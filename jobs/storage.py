@@ -47,8 +47,8 @@ def check_key(key: str) -> str:
     """
     if len(key) > MAX_KEY or not all(_PART.match(part) for part in key.split("/")):
         raise InvalidKey(
-            f"storage key {key[:80]!r} is not allowed; allowed: at most {MAX_KEY} characters, parts of letters, digits, "
-            "dots, dashes and underscores, each beginning with a letter or digit, joined by /"
+            f"storage key {key[:80]!r} is not allowed; allowed: at most {MAX_KEY} characters, parts of letters, "
+            "digits, dots, dashes and underscores, each beginning with a letter or digit, joined by /"
         )
     return key
 

@@ -52,8 +52,10 @@ _attempts_left = job.c.attempts < job.c.max_attempts
 class Store:
     """The job table. Safe to share between threads."""
 
-    def __init__(self, engines: Engines, *, rng: random.Random | None = None) -> None:
+    def __init__(self, engines: Engines, *, rng: random.Random | None = None, backoff_s: float = BACKOFF_S) -> None:
+        """`backoff_s`: seconds until the second attempt; doubled for each further one."""
         self._engines = engines
+        self._backoff_s = backoff_s
         self._rng = rng or random.SystemRandom()
 
     @classmethod
@@ -205,7 +207,7 @@ class Store:
             .values(
                 state=state,
                 error=error.replace("\0", "")[:MAX_ERROR_CHARS],
-                available_at=db_now(self._backoff_s(claim.attempt)),
+                available_at=db_now(self._wait_s(claim.attempt)),
                 finished_at=sa.case((ended, db_now()), else_=None),
                 # The bell was heard; once the wait is over the sweeper rings afresh.
                 rung_at=None,
@@ -217,9 +219,9 @@ class Store:
             state_now = connection.scalar(statement)
         return None if state_now is None else State(state_now)
 
-    def _backoff_s(self, attempt: int) -> float:
+    def _wait_s(self, attempt: int) -> float:
         # Between half and all of the doubled time, so that jobs which failed together do not return together.
-        return float(min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** (attempt - 1)) * self._rng.uniform(0.5, 1.0))
+        return float(min(MAX_BACKOFF_S, self._backoff_s * 2.0 ** (attempt - 1)) * self._rng.uniform(0.5, 1.0))
 
     def release(self, claim: Claim) -> bool:
         """Give the job back unrendered, and the attempt with it. False: the lease is lost.

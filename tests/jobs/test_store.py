@@ -1,0 +1,297 @@
+"""The store's promises, on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from jobs.db import db_now
+from jobs.errors import InvalidSpec, JobConflict, JobNotFound
+from jobs.models import MAX_ATTEMPTS, job
+from jobs.spec import JobSpec
+from jobs.states import TRANSITIONS, State, sources
+from jobs.store import Store
+from jobs.views import Claim, Output, Sweep
+
+SPEC = JobSpec(prompt="a red star", steps=4)
+EXPIRED_S = -1.0  # a lease that is over when it begins: no test has to wait for one
+
+
+def picture(index: int = 0) -> Output:
+    return Output(index, f"images/{index}.png", seed=7 + index, width=64, height=64, sha256="0" * 64, size_bytes=9)
+
+
+def submitted(store: Store, spec: JobSpec = SPEC) -> UUID:
+    return store.submit([spec])[0].id
+
+
+def claimed(store: Store, job_id: UUID | None = None, *, lease_s: float = 30.0) -> Claim:
+    claim = store.claim(job_id or submitted(store), "worker-1", lease_s=lease_s)
+    assert claim is not None
+    return claim
+
+
+def test_a_new_job_is_queued_with_seed_and_time(store: Store) -> None:
+    (view,) = store.submit([SPEC], batch="tonight")
+    assert view == store.get(view.id)
+    assert (view.state, view.attempts, view.error, view.batch) == (State.queued, 0, None, "tonight")
+    assert view.spec.seed is not None
+    assert view.created_at.tzinfo == UTC
+
+
+def test_a_batch_keeps_the_order_of_its_specs(store: Store) -> None:
+    views = store.submit([JobSpec(prompt=str(number)) for number in range(50)], batch="b")
+    assert [view.spec.prompt for view in store.jobs(batch="b")] == [str(number) for number in reversed(range(50))]
+    assert [view.id for view in views] == sorted(view.id for view in views)
+
+
+def test_a_batch_grows_when_its_name_is_used_again(store: Store) -> None:
+    store.submit([SPEC], batch="b")
+    store.submit([SPEC, SPEC], batch="b")
+    store.submit([SPEC], batch="other")
+    assert store.counts("b")[State.queued] == 3
+    assert store.counts()[State.queued] == 4
+    assert store.counts("nobody's") == dict.fromkeys(State, 0)
+
+
+def test_a_known_key_gives_the_first_job(store: Store) -> None:
+    (first,) = store.submit([SPEC], idempotency_keys=["k"])
+    again, other = store.submit([JobSpec(prompt="other"), SPEC], idempotency_keys=["k", None])
+    assert again == first
+    assert other.id != first.id
+    assert store.counts()[State.queued] == 2
+
+
+def test_a_key_twice_in_one_submit_makes_one_job(store: Store) -> None:
+    views = store.submit([SPEC] * 3, idempotency_keys=["k", "k", None])
+    assert views[0].id == views[1].id != views[2].id
+    assert store.counts()[State.queued] == 2
+
+
+def test_a_bad_spec_among_many_enqueues_nothing(store: Store, tmp_path: object) -> None:
+    with pytest.raises(InvalidSpec, match="init_image"):
+        store.submit([SPEC, JobSpec(prompt="x", init_image=b"not stored")])
+    with pytest.raises(InvalidSpec, match="idempotency_key"):
+        store.submit([SPEC, SPEC], idempotency_keys=[None, "x" * 201])
+    with pytest.raises(InvalidSpec, match="keys"):
+        store.submit([SPEC, SPEC], idempotency_keys=["only one"])
+    with pytest.raises(InvalidSpec, match="batch"):
+        store.submit([SPEC], batch="")
+    assert store.counts()[State.queued] == 0
+
+
+def test_submitting_nothing_is_no_error(store: Store) -> None:
+    assert store.submit([], batch="empty") == []
+
+
+def test_a_claim_counts_the_attempt_and_excludes_others(store: Store) -> None:
+    claim = claimed(store)
+    assert (claim.attempt, claim.worker_id, claim.spec.prompt) == (1, "worker-1", "a red star")
+    assert store.claim(claim.job_id, "worker-2") is None
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts) == (State.running, 1)
+    assert view.started_at is not None
+
+
+def test_there_is_nothing_to_claim_in_an_unknown_job(store: Store) -> None:
+    assert store.claim(uuid4(), "worker-1") is None
+
+
+def test_an_expired_lease_passes_to_the_next_worker_and_the_first_is_fenced_out(store: Store) -> None:
+    old = claimed(store, lease_s=EXPIRED_S)
+    new = store.claim(old.job_id, "worker-2")
+    assert new is not None
+    assert (new.attempt, new.token != old.token) == (2, True)
+    assert store.finish(old, [picture()]) is False
+    assert store.fail(old, "late", retry=True) is None
+    assert store.release(old) is False
+    assert store.confirm_cancelled(old) is False
+    assert store.get(old.job_id).state == State.running
+    assert store.finish(new, [picture()]) is True
+    assert store.finish(old, [picture()]) is False
+
+
+def test_finish_records_the_images(store: Store) -> None:
+    claim = claimed(store)
+    assert store.finish(claim, [picture(0), picture(1)])
+    view = store.get(claim.job_id)
+    assert (view.state, view.error, view.images) == (State.succeeded, None, (picture(0), picture(1)))
+    assert view.started_at is not None
+    assert view.finished_at is not None
+    assert view.created_at <= view.started_at <= view.finished_at
+
+
+def test_a_repeated_finish_knows_its_own_result(store: Store) -> None:
+    claim = claimed(store)
+    assert store.finish(claim, [picture()])
+    assert store.finish(claim, [picture()])
+    assert store.get(claim.job_id).images == (picture(),)
+
+
+def test_heartbeat_extends_what_is_held_and_tells_what_is_not(store: Store) -> None:
+    held, lost, wanted = (claimed(store, lease_s=EXPIRED_S) for _ in range(3))
+    assert store.claim(lost.job_id, "worker-2") is not None
+    store.cancel(wanted.job_id)
+    beat = store.heartbeat("worker-1")
+    assert (beat.held, beat.cancelled) == ({held.token}, {wanted.token})
+    assert store.sweep() == Sweep(0, 0, 0)
+    assert store.heartbeat("nobody").held == frozenset()
+
+
+def test_a_failed_attempt_waits_and_comes_back(store: Store, end_waiting: Callable[[], None]) -> None:
+    claim = claimed(store)
+    assert store.fail(claim, "out of luck", retry=True) == State.queued
+    assert store.get(claim.job_id).error == "out of luck"
+    assert store.claim(claim.job_id, "worker-1") is None
+    assert store.due(10) == []
+    end_waiting()
+    assert [due.id for due in store.due(10)] == [claim.job_id]
+    assert claimed(store, claim.job_id).attempt == 2
+
+
+def test_attempts_are_bounded_and_the_last_error_stays(store: Store, end_waiting: Callable[[], None]) -> None:
+    job_id = submitted(store)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        end_waiting()
+        state = store.fail(claimed(store, job_id), f"error {attempt}", retry=True)
+    assert state == State.failed
+    view = store.get(job_id)
+    assert (view.attempts, view.error) == (MAX_ATTEMPTS, f"error {MAX_ATTEMPTS}")
+    assert store.claim(job_id, "worker-1") is None
+
+
+def test_an_unusable_input_fails_at_once(store: Store) -> None:
+    claim = claimed(store)
+    assert store.fail(claim, "unknown model", retry=False) == State.failed
+
+
+def test_an_error_text_that_no_database_takes_is_cut_to_one_it_does(store: Store) -> None:
+    claim = claimed(store)
+    store.fail(claim, "nul\0" + "x" * 10_000, retry=False)
+    error = store.get(claim.job_id).error
+    assert error is not None
+    assert error.startswith("nulx")
+    assert len(error) <= 4000
+
+
+def test_release_gives_the_attempt_back(store: Store) -> None:
+    claim = claimed(store)
+    assert store.release(claim)
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts) == (State.queued, 0)
+    assert claimed(store, claim.job_id).attempt == 1
+
+
+def test_a_queued_job_is_cancelled_at_once(store: Store) -> None:
+    job_id = submitted(store)
+    assert store.cancel(job_id) == State.cancelled
+    assert store.claim(job_id, "worker-1") is None
+    assert store.get(job_id).finished_at is not None
+    with pytest.raises(JobConflict, match="cancelled"):
+        store.cancel(job_id)
+
+
+def test_a_running_job_is_cancelled_by_its_worker(store: Store) -> None:
+    claim = claimed(store)
+    assert not store.confirm_cancelled(claim)
+    assert store.cancel(claim.job_id) == State.running
+    assert store.cancel(claim.job_id) == State.running
+    assert store.finish(claim, [picture()]) is False
+    assert store.confirm_cancelled(claim)
+    assert store.get(claim.job_id).state == State.cancelled
+    assert store.get(claim.job_id).images == ()
+
+
+def test_a_wanted_cancel_wins_over_error_and_release(store: Store) -> None:
+    failed, released = claimed(store), claimed(store)
+    store.cancel(failed.job_id)
+    store.cancel(released.job_id)
+    assert store.fail(failed, "boom", retry=True) == State.cancelled
+    assert store.release(released)
+    assert store.get(released.job_id).state == State.cancelled
+
+
+def test_retry_takes_failed_jobs_only(store: Store) -> None:
+    claim = claimed(store)
+    with pytest.raises(JobConflict, match="running"):
+        store.retry(claim.job_id)
+    store.fail(claim, "boom", retry=False)
+    store.retry(claim.job_id)
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts, view.finished_at) == (State.queued, 0, None)
+    with pytest.raises(JobNotFound):
+        store.retry(uuid4())
+    with pytest.raises(JobNotFound):
+        store.cancel(uuid4())
+    with pytest.raises(JobNotFound):
+        store.get(uuid4())
+
+
+def test_sweep_decides_by_cancel_and_attempts(store: Store) -> None:
+    alive, expired, exhausted, wanted = (submitted(store) for _ in range(4))
+    claimed(store, alive)
+    for _ in range(MAX_ATTEMPTS):
+        claimed(store, exhausted, lease_s=EXPIRED_S)
+    claimed(store, expired, lease_s=EXPIRED_S)
+    claimed(store, wanted, lease_s=EXPIRED_S)
+    store.cancel(wanted)
+    assert store.sweep() == Sweep(requeued=1, failed=1, cancelled=1)
+    states = {job_id: store.get(job_id).state for job_id in (alive, expired, exhausted, wanted)}
+    assert list(states.values()) == [State.running, State.queued, State.failed, State.cancelled]
+    assert store.get(exhausted).error == "the worker worker-1 stopped answering"
+    assert store.sweep() == Sweep(0, 0, 0)
+
+
+def test_due_is_urgent_first_then_oldest_and_rings_once(store: Store) -> None:
+    plain, later = submitted(store), submitted(store)
+    urgent = submitted(store, JobSpec(prompt="x", priority=9))
+    other = submitted(store, JobSpec(prompt="x", model="other"))
+    assert [(due.id, due.priority) for due in store.due(2, older_than_s=60)] == [(urgent, 9), (plain, 0)]
+    assert [due.id for due in store.due(10, models=["nightshift-mini"], older_than_s=60)] == [later]
+    assert [due.id for due in store.due(10, models=[], older_than_s=60)] == []
+    assert [due.id for due in store.due(10, older_than_s=60)] == [other]
+    assert store.due(10, older_than_s=60) == []
+    assert {due.id for due in store.due(10)} == {plain, later, urgent, other}
+
+
+def test_a_rung_submit_leaves_the_sweeper_quiet(store: Store) -> None:
+    store.submit([SPEC], rung=True)
+    assert store.due(10, older_than_s=60) == []
+
+
+def test_unfinished_counts_what_is_left(store: Store) -> None:
+    claim, _ = claimed(store), submitted(store, JobSpec(prompt="x", model="other"))
+    assert (store.unfinished(), store.unfinished(["other"]), store.unfinished([])) == (2, 1, 0)
+    store.finish(claim, [])
+    assert store.unfinished(["nightshift-mini"]) == 0
+
+
+def test_a_spec_of_another_version_fails_with_the_reason(store: Store) -> None:
+    job_id = submitted(store)
+    with store.engines.writer.begin() as connection:
+        connection.execute(sa.update(job).values(spec='{"prompt": "x", "hologram": 1}'))
+    assert store.claim(job_id, "worker-1") is None
+    with store.engines.reader.connect() as connection:
+        state, error = connection.execute(sa.select(job.c.state, job.c.error)).one()
+    assert state == State.failed
+    assert "hologram" in error
+
+
+def test_the_databases_clock_compares_like_time(store: Store) -> None:
+    with store.engines.reader.connect() as connection:
+        early, now, late = connection.execute(sa.select(db_now(-0.5), db_now(), db_now(86400.25))).one()
+        assert early < now < late
+        assert connection.scalar(sa.select(db_now(-0.002) < db_now()))
+        assert not connection.scalar(sa.select(db_now(1) < db_now()))
+    # Within a millisecond, which is what SQLite's clock keeps.
+    assert (now - early).total_seconds() == pytest.approx(0.5, abs=0.05)
+
+
+def test_every_state_is_in_the_transitions() -> None:
+    assert set(TRANSITIONS) == set(State)
+    assert sources(State.succeeded) == (State.running,)
+    assert sources(State.cancelled) == (State.queued, State.running)
