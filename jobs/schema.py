@@ -56,6 +56,7 @@ def _migrate(engines: Engines, step: Callable[[Config, str], None], revision: st
             connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
         before = current_revision(connection)
+        _check_not_newer(engines, before)
         step(config(connection), revision)
     return before
 
@@ -80,14 +81,18 @@ def ensure(engines: Engines) -> None:
         found = current_revision(connection)
     if found == SCHEMA_REVISION:
         return
-    if found is not None and found > SCHEMA_REVISION:
-        raise SchemaOutdated(
-            f"the database {engines.shown} is at revision {found}, newer than this version's {SCHEMA_REVISION}; "
-            "install a newer nightshift"
-        )
+    _check_not_newer(engines, found)
     if not engines.is_sqlite:
         raise SchemaOutdated(
             f"the database {engines.shown} is at revision {found or 'none'}, this version needs {SCHEMA_REVISION}; "
             "run: nightshift db upgrade"
         )
     upgrade(engines)
+
+
+def _check_not_newer(engines: Engines, found: str | None) -> None:
+    if found is not None and found > SCHEMA_REVISION:
+        raise SchemaOutdated(
+            f"the database {engines.shown} is at revision {found}, newer than this version's {SCHEMA_REVISION}; "
+            "install a newer nightshift"
+        )

@@ -17,7 +17,9 @@ from jobs.errors import InvalidSpec
 from jobs.spec import ALLOWED, MAX_PROMPT, MAX_SEED, SAMPLERS, InputKey, JobSpec, describe_errors, read_spec
 
 KEY = f"inputs/{'0a' * 32}.png"
-TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=80).filter(lambda text: text.strip())
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=80).filter(
+    lambda text: text.strip()
+)
 SPECS = st.builds(
     JobSpec,
     prompt=TEXT,
@@ -166,4 +168,4 @@ def test_describe_errors_names_each_field_once() -> None:
 
 
 def test_the_sampler_names_are_the_engines() -> None:
-    assert SAMPLERS == tuple(sd_engine.SAMPLERS)
+    assert tuple(sd_engine.SAMPLERS) == SAMPLERS
