@@ -179,6 +179,14 @@ class Store:
             cancelled=frozenset(row.lease_token for row in rows if row.cancel_requested_at is not None),
         )
 
+    def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
+        """The tokens of this worker's running jobs that are to be cancelled. Takes no lock, so it may be asked often."""
+        wanted = sa.select(job.c.lease_token).where(
+            job.c.worker_id == worker_id, job.c.state == State.running, _cancel_wanted
+        )
+        with self._engines.reader.connect() as connection:
+            return frozenset(connection.scalars(wanted))
+
     def finish(self, claim: Claim, outputs: Iterable[Output]) -> bool:
         """Record the images and end the job as succeeded. False: the lease is lost or the job was cancelled.
 

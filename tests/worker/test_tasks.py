@@ -1,0 +1,297 @@
+"""The story of one job, with the real store (SQLite), the real directory storage and a fake engine."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import JobSpec, Settings, State, schema
+from jobs.errors import StorageError
+from jobs.storage import DirStorage, Storage, open_storage
+from jobs.store import Store
+from jobs.views import JobView
+from tests.fakes import fake_image, fake_workshop
+from tests.worker.helpers import PATIENCE_S, Clock, once
+from worker.engine_thread import EngineThread, Workshop
+from worker.leases import Leases
+from worker.reasons import LeaseLost
+from worker.slots import Slots
+from worker.tasks import Deps, render
+from worker.translate import to_requests
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    settings.make_home()
+    store = Store.open(settings.database_url)
+    schema.ensure(store.engines)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def storage(settings: Settings) -> Storage:
+    return open_storage(settings.storage_url)
+
+
+class World:
+    """One worker's dependencies around a fake engine."""
+
+    def __init__(self, store: Store, storage: Storage, workshop: Workshop) -> None:
+        self.engine = EngineThread(lambda: workshop)
+        self.engine.start()
+        self.leases = Leases(self.engine.interrupt)
+        self.waits: list[float] = []
+        self.deps = Deps(
+            store=store,
+            storage=storage,
+            engine=self.engine,
+            leases=self.leases,
+            slots=Slots(4, forget_s=5, clock=Clock()),
+            worker_id="host:1:test",
+            lease_s=30.0,
+            broken=workshop.broken,
+            sleep=self.waits.append,
+        )
+
+    def close(self) -> None:
+        self.engine.close()
+        self.engine.join(PATIENCE_S)
+
+
+@pytest.fixture
+def world(store: Store, storage: Storage) -> Iterator[World]:
+    world = World(store, storage, fake_workshop())
+    yield world
+    world.close()
+
+
+def submit(store: Store, **fields: object) -> JobView:
+    return store.submit([JobSpec.model_validate({"prompt": "a red star", "seed": 5, "steps": 3} | fields)])[0]
+
+
+def objects(storage: Storage) -> list[str]:
+    assert isinstance(storage, DirStorage)
+    root = storage._root
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*.png") if "images" in path.parts)
+
+
+def test_a_job_ends_with_its_images_stored_and_named_in_the_row(world: World, store: Store, storage: Storage) -> None:
+    job = submit(store, images=2)
+    render(str(job.id), world.deps)
+    done = store.get(job.id)
+    assert (done.state, done.attempts, [image.seed for image in done.images]) == (State.succeeded, 1, [5, 6])
+    for image in done.images:
+        data = storage.get(image.key)
+        assert (hashlib.sha256(data).hexdigest(), len(data)) == (image.sha256, image.size_bytes)
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == (image.width, image.height)
+    assert objects(storage) == sorted(image.key for image in done.images)
+    assert done.images[0].key.startswith(f"images/{job.id}/")
+
+
+@pytest.mark.parametrize("message", ["", "not an id", "'; DROP TABLE job; --", str(uuid4())])
+def test_garbage_and_unknown_ids_are_dropped(world: World, message: str) -> None:
+    render(message, world.deps)
+
+
+def test_a_second_bell_for_a_finished_job_changes_nothing(world: World, store: Store, storage: Storage) -> None:
+    job = submit(store)
+    render(str(job.id), world.deps)
+    before, stored = store.get(job.id), objects(storage)
+    render(str(job.id), world.deps)
+    assert (store.get(job.id), objects(storage)) == (before, stored)
+
+
+def test_a_process_that_leaves_claims_nothing(world: World, store: Store) -> None:
+    job = submit(store)
+    world.deps.slots.close()
+    render(str(job.id), world.deps)
+    assert (store.get(job.id).state, store.get(job.id).attempts) == (State.queued, 0)
+
+
+def test_a_drained_job_goes_back_and_keeps_its_attempt(world: World, store: Store) -> None:
+    job = submit(store)
+    world.engine.drain(0.0)
+    render(str(job.id), world.deps)
+    assert (store.get(job.id).state, store.get(job.id).attempts) == (State.queued, 0)
+
+
+def test_an_error_of_the_engine_is_kept_and_the_job_waits_for_another_attempt(world: World, store: Store) -> None:
+    job = submit(store, prompt="a broken row")
+    render(str(job.id), world.deps)
+    after = store.get(job.id)
+    assert (after.state, after.attempts, after.error) == (State.queued, 1, "ArithmeticError: not finite")
+
+
+def test_an_unknown_model_fails_at_once_with_the_reason(world: World, store: Store) -> None:
+    job = submit(store, model="unheard-of")
+    render(str(job.id), world.deps)
+    after = store.get(job.id)
+    assert after.state is State.failed
+    assert after.error is not None and "unheard-of" in after.error and "nightshift-mini" in after.error
+
+
+def test_a_model_that_could_not_be_loaded_fails_its_jobs_at_once(store: Store, storage: Storage) -> None:
+    world = World(store, storage, fake_workshop(broken={"torn": "unet/model.safetensors is cut short"}))
+    job = submit(store, model="torn")
+    render(str(job.id), world.deps)
+    world.close()
+    after = store.get(job.id)
+    assert after.state is State.failed
+    assert after.error is not None and "cut short" in after.error
+
+
+def test_an_init_image_that_is_gone_or_broken_fails_at_once(world: World, store: Store, storage: Storage) -> None:
+    gone, broken = (f"inputs/{digit * 64}.png" for digit in "ab")
+    storage.put(broken, b"no picture", "image/png")
+    for key, reason in ((gone, "not in the storage"), (broken, "not one of PNG")):
+        job = submit(store, init_image=key)
+        render(str(job.id), world.deps)
+        after = store.get(job.id)
+        assert (after.state, after.attempts) == (State.failed, 1)
+        assert after.error is not None and reason in after.error
+
+
+def test_a_job_cancelled_while_it_is_drawn_ends_cancelled_and_leaves_no_object(store: Store, storage: Storage) -> None:
+    job = submit(store, steps=2)
+    # The request arrives in the middle; the heartbeat has not told us yet, so only the guarded finish can notice.
+    world = World(store, storage, fake_workshop(before_step=once(lambda: store.cancel(job.id) and None)))
+    render(str(job.id), world.deps)
+    world.close()
+    assert store.get(job.id).state is State.cancelled
+    assert objects(storage) == []
+
+
+def test_a_job_whose_lease_is_lost_while_it_is_drawn_is_dropped(store: Store, storage: Storage) -> None:
+    job = submit(store, steps=1000)
+    worlds: list[World] = []
+
+    def lose() -> None:
+        (token,) = worlds[0].leases.held()
+        worlds[0].leases.interrupt(token, LeaseLost("taken over"))
+
+    worlds.append(World(store, storage, fake_workshop(before_step=once(lose))))
+    render(str(job.id), worlds[0].deps)
+    worlds[0].close()
+    assert store.get(job.id).state is State.running  # whoever owns it decides
+    assert objects(storage) == []
+
+
+def test_objects_of_a_lost_lease_are_deleted_after_the_upload(world: World, store: Store, storage: Storage) -> None:
+    class TakenOver(DirStorage):
+        """While our upload runs, the lease ends and another worker's attempt fails the job."""
+
+        def put(self, key: str, data: bytes, content_type: str) -> None:
+            super().put(key, data, content_type)
+            (lease,) = world.leases.held().values()
+            store.fail(lease.claim, "ended elsewhere", retry=False)
+
+    assert isinstance(storage, DirStorage)
+    job = submit(store)
+    render(str(job.id), replace(world.deps, storage=TakenOver(storage._root)))
+    assert store.get(job.id).state is State.failed
+    assert objects(storage) == []
+
+
+class Flaky(DirStorage):
+    """Refuses the first puts."""
+
+    def __init__(self, like: Storage, failures: int) -> None:
+        assert isinstance(like, DirStorage)
+        super().__init__(like._root)
+        self.failures = failures
+
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StorageError("slow down")
+        super().put(key, data, content_type)
+
+
+def test_transient_storage_errors_are_waited_out_without_drawing_again(
+    world: World, store: Store, storage: Storage
+) -> None:
+    job = submit(store)
+    render(str(job.id), replace(world.deps, storage=Flaky(storage, 3)))
+    assert (store.get(job.id).state, store.get(job.id).attempts) == (State.succeeded, 1)
+    assert world.waits == [0.2, 0.5, 1.0]
+
+
+def test_a_storage_that_stays_away_costs_one_attempt(world: World, store: Store, storage: Storage) -> None:
+    job = submit(store)
+    render(str(job.id), replace(world.deps, storage=Flaky(storage, 99)))
+    after = store.get(job.id)
+    assert (after.state, after.attempts, after.error) == (State.queued, 1, "StorageError: slow down")
+
+
+class SilentCommit(Store):
+    """The database applies the first ``finish`` and its answer is lost."""
+
+    answers_lost = 1
+
+    def finish(self, *args: object) -> bool:
+        done = super().finish(*args)  # type: ignore[arg-type]
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise ConnectionError("connection reset")
+        return done
+
+
+def test_a_finish_whose_answer_was_lost_still_shows_its_images(world: World, store: Store, storage: Storage) -> None:
+    job = submit(store)
+    render(str(job.id), replace(world.deps, store=SilentCommit(store.engines)))
+    done = store.get(job.id)
+    assert done.state is State.succeeded
+    assert objects(storage) == [done.images[0].key]
+
+
+def test_when_the_database_never_answers_the_objects_stay(world: World, store: Store, storage: Storage) -> None:
+    silent = SilentCommit(store.engines)
+    silent.answers_lost = 99
+    job = submit(store)
+    render(str(job.id), replace(world.deps, store=silent))
+    assert objects(storage) == [image.key for image in store.get(job.id).images]
+
+
+def test_nothing_that_happens_inside_leaves_the_task(world: World, store: Store) -> None:
+    class Away(Store):
+        def claim(self, *args: object, **options: object) -> None:  # type: ignore[override]
+            raise MemoryError
+
+    render(str(submit(store).id), replace(world.deps, store=Away(store.engines)))
+    assert world.deps.slots.free() == 4
+
+
+def test_img2img_starts_from_the_stored_picture(world: World, store: Store, storage: Storage) -> None:
+    seen: list[np.ndarray] = []
+    picture = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    key = f"inputs/{'c' * 64}.png"
+    storage.put(key, buffer.getvalue(), "image/png")
+
+    class Looks:
+        """Keeps the init image that reaches the engine."""
+
+        def render(self, token: object, requests: list) -> object:  # type: ignore[type-arg]
+            seen.extend(request.init_image for request in requests)
+            return world.engine.render(token, requests)  # type: ignore[arg-type]
+
+    job = submit(store, init_image=key, strength=0.5)
+    render(str(job.id), replace(world.deps, engine=Looks()))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(seen[0], picture)
+    assert store.get(job.id).state is State.succeeded
+
+
+def test_the_pixels_in_storage_are_those_of_the_engine(world: World, store: Store, storage: Storage) -> None:
+    job = submit(store, seed=77)
+    render(str(job.id), world.deps)
+    with Image.open(io.BytesIO(storage.get(store.get(job.id).images[0].key))) as picture:
+        from_storage = np.asarray(picture)
+    np.testing.assert_array_equal(from_storage, fake_image(to_requests(job.spec, storage)[0]))

@@ -1,0 +1,6 @@
+"""``python -m worker``: the worker command where no ``nightshift`` is on the PATH (supervisor and demo use it)."""
+
+from worker.cli import worker
+
+if __name__ == "__main__":
+    worker(prog_name="nightshift worker")

@@ -1,0 +1,150 @@
+"""The commands ``nightshift worker`` and ``nightshift demo``.
+
+This module is imported by ``nightshift --help``: what needs torch, Celery or a database is imported by the command that
+needs it, so that help and usage errors answer at once and without the extra.
+"""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
+from worker.reasons import BrokerUnavailable
+
+USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
+#: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help.
+WRONG_SETTINGS, UNAVAILABLE = 1, 69
+
+
+def _device(context: click.Context, option: click.Parameter, value: str) -> str:
+    kind, _, number = value.partition(":")
+    if value in ("auto", "cpu", "mps", "cuda", "all") or (kind == "cuda" and number.isdecimal()):
+        return value
+    raise click.BadParameter(f"{value!r} is no device; write {USABLE_DEVICES}")
+
+
+def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any]:
+    return click.option(
+        f"--{name}-seconds", type=click.FloatRange(min=0.1), default=default, show_default=default is not None,
+        envvar=f"NIGHTSHIFT_{name.upper()}_SECONDS", help=text,
+    )  # fmt: skip
+
+
+@click.command()
+@click.option(
+    "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"
+)
+@click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True, help="jobs held at once")
+@click.option(
+    "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of one step; default: the engine's"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one operation; default: torch's")
+@click.option("--until-empty", is_flag=True, help="leave when no job is queued or running any more")
+@_seconds("lease", 30.0, "how long a job stays ours without a sign of life")
+@_seconds("heartbeat", None, "between two signs of life; default: a third of the lease")
+@_seconds("grace", 25.0, "after SIGTERM: finish what fits, give the rest back, leave")
+@click.option("--json", "as_json", is_flag=True, help="log JSON lines")
+@click.option("--verbose", is_flag=True, help="log more")
+@click.pass_context
+def worker(context: click.Context, /, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
+    """Render queued jobs until told to leave (SIGTERM or Ctrl-C)."""
+    with _told_in_a_sentence():
+        from worker import logs
+
+        logs.set_up(as_json=as_json, level=logging.DEBUG if verbose else logging.INFO)
+        if device == "all":
+            context.exit(_supervise(context.params))
+        context.exit(_work(device, **options))
+
+
+def _work(
+    device: str,
+    *,
+    concurrency: int,
+    max_units: int | None,
+    threads: int | None,
+    until_empty: bool,
+    lease_seconds: float,
+    heartbeat_seconds: float | None,
+    grace_seconds: float,
+) -> int:
+    from jobs.settings import Settings
+    from worker.process import Options, run
+    from worker.workshop import TorchOptions, open_workshop
+
+    settings = Settings()
+    beat_s = heartbeat_seconds or lease_seconds / 3
+    options = Options(
+        concurrency=concurrency,
+        lease_s=lease_seconds,
+        beat_s=beat_s,
+        poll_s=min(1.0, beat_s),
+        grace_s=grace_seconds,
+        until_empty=until_empty,
+    )
+    torch_options = TorchOptions(device, max_units, threads)
+    return run(settings, options, lambda: open_workshop(settings.models, torch_options))
+
+
+def _supervise(params: Mapping[str, Any]) -> int:
+    from worker.supervisor import Supervisor
+    from worker.workshop import gpu_names
+
+    commands = [child_command(device, params) for device in gpu_names() or ["cpu"]]
+    supervisor = Supervisor(commands, grace_s=params["grace_seconds"] + 5.0)
+    supervisor.install_signal_handlers()
+    return supervisor.run()
+
+
+def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
+    """The same worker command for one device, as this interpreter runs it."""
+    command = [sys.executable, "-m", "worker", "--device", device]
+    for name, value in params.items():
+        flag = "--json" if name == "as_json" else "--" + name.replace("_", "-")
+        if name == "device" or value is None or value is False:
+            continue
+        command += [flag] if value is True else [flag, str(value)]
+    return command
+
+
+@click.command()
+@click.option(
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="data directory; default: a new one in demo-output/",
+)
+@click.option("--json", "as_json", is_flag=True, help="print the summary as JSON")
+@click.pass_context
+def demo(context: click.Context, /, home: Path | None, as_json: bool) -> None:
+    """The main job in a minute: submit different jobs, render them together, store them, show them on one sheet."""
+    with _told_in_a_sentence():
+        from worker.demo import new_home, run_demo
+
+        # A killed demo must not leave its worker behind: SIGTERM ends it like Ctrl-C does, through its clean-up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        summary = run_demo(home or new_home(Path("demo-output")), show=None if as_json else click.echo)
+        click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
+        context.exit(0 if summary.ok else 1)
+
+
+@contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """Expected trouble becomes one sentence and an exit code; a traceback would hide the remedy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "numpy", "safetensors", "transformers"):
+            raise
+        click.echo(f"This command needs {error.name}: pip install 'nightshift[worker]'", err=True)
+        raise SystemExit(WRONG_SETTINGS) from None
+    except NightshiftError as error:
+        click.echo(f"Error: {error}", err=True)
+        away = isinstance(error, DatabaseUnavailable | StorageError | BrokerUnavailable)
+        raise SystemExit(UNAVAILABLE if away else WRONG_SETTINGS) from None

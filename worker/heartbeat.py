@@ -1,0 +1,67 @@
+"""Extends the leases of this worker, hears of lost and cancelled jobs, and stops trusting old leases by itself."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from jobs.store import Store
+from worker.leases import Leases
+from worker.periodic import Periodic
+from worker.reasons import CancelAsked, LeaseLost
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeat(Periodic):
+    """One statement per beat for all leases of the worker.
+
+    ``beat_s`` must be well below ``lease_s``: a third leaves room for two missed beats. Cancels are looked for every
+    ``poll_s`` with a read that takes no lock.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        leases: Leases,
+        worker_id: str,
+        *,
+        lease_s: float,
+        beat_s: float,
+        poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__("heartbeat", after_error_s=poll_s)
+        self._store, self._leases, self._worker_id = store, leases, worker_id
+        self._lease_s, self._beat_s, self._poll_s = lease_s, beat_s, poll_s
+        self._clock = clock
+        self._next_beat = 0.0
+
+    def tick(self) -> float:
+        held = self._leases.held()
+        if held:
+            try:
+                self._beat_or_poll()
+            finally:
+                # Also, and above all, when the database did not answer.
+                self._leases.fence(self._clock() - self._lease_s)
+        return self._poll_s
+
+    def _beat_or_poll(self) -> None:
+        now = self._clock()
+        if now >= self._next_beat:
+            self.beat()
+            self._next_beat = now + self._beat_s
+        else:
+            for token in self._store.cancel_requested(self._worker_id):
+                self._leases.interrupt(token, CancelAsked("cancelled by request"))
+
+    def beat(self) -> None:
+        """Extend all leases now; interrupt what was lost or cancelled."""
+        began = self._clock()  # before the statement: we must stop trusting a lease before the database does
+        held = self._leases.held()
+        beat = self._store.heartbeat(self._worker_id, lease_s=self._lease_s)
+        self._leases.trust(beat.held | beat.cancelled, began)
+        for token in beat.cancelled:
+            self._leases.interrupt(token, CancelAsked("cancelled by request"))
+        for token in held.keys() - beat.held - beat.cancelled:
+            self._leases.interrupt(token, LeaseLost("the lease was taken over or ended"))

@@ -1,0 +1,74 @@
+"""The claims this process holds right now, shared by the task threads and the heartbeat."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from jobs.views import Claim
+from worker.reasons import Interrupted, LeaseLost
+
+
+@dataclass(slots=True)
+class Lease:
+    """One held claim. ``trusted_since``: a monotonic time *before* the statement that last extended it; ``stored``:
+    the keys of the objects that may have been uploaded under it."""
+
+    claim: Claim
+    trusted_since: float
+    reason: Interrupted | None = None
+    stored: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise the reason when the claim was interrupted meanwhile; looked at between the stages of a job."""
+        if self.reason is not None:
+            raise self.reason
+
+
+class Leases:
+    """Held claims by token. ``interrupt`` is called with a token and a reason, from the heartbeat's thread."""
+
+    def __init__(self, interrupt: Callable[[UUID, Interrupted], None]) -> None:
+        self._interrupt_rows = interrupt
+        self._held: dict[UUID, Lease] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def hold(self, claim: Claim, since: float) -> Iterator[Lease]:
+        """Register ``claim`` for the heartbeat while the block runs."""
+        lease = Lease(claim, since)
+        with self._lock:
+            self._held[claim.token] = lease
+        try:
+            yield lease
+        finally:
+            with self._lock:
+                del self._held[claim.token]
+
+    def held(self) -> dict[UUID, Lease]:
+        """A snapshot: claims taken later are not in it, so a beat that began earlier cannot call them lost."""
+        with self._lock:
+            return dict(self._held)
+
+    def trust(self, tokens: frozenset[UUID], since: float) -> None:
+        """The database extended these leases in a statement that began at ``since``."""
+        with self._lock:
+            for token in tokens & self._held.keys():
+                self._held[token].trusted_since = since
+
+    def interrupt(self, token: UUID, reason: Interrupted) -> None:
+        """Take the rows of ``token`` out of the engine. Harmless when repeated, and for a token not held any more."""
+        with self._lock:
+            lease = self._held.get(token)
+            if lease is None:
+                return
+            lease.reason = lease.reason or reason
+        self._interrupt_rows(token, reason)
+
+    def fence(self, older_than: float) -> list[UUID]:
+        """Interrupt every lease that was last extended before ``older_than``: another worker may own the job by now."""
+        stale = [token for token, lease in self.held().items() if lease.trusted_since < older_than]
+        for token in stale:
+            self.interrupt(token, LeaseLost("the database was out of reach for longer than the lease"))
+        return stale

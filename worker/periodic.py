@@ -1,0 +1,34 @@
+"""A thread that does one small thing again and again, and survives its failures."""
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+
+log = logging.getLogger(__name__)
+
+
+class Periodic(threading.Thread, ABC):
+    """Calls ``tick`` until stopped; ``tick`` returns the seconds to wait before the next call."""
+
+    def __init__(self, name: str, *, after_error_s: float = 1.0) -> None:
+        super().__init__(name=name, daemon=True)
+        self._after_error_s = after_error_s
+        self._stopped = threading.Event()
+
+    @abstractmethod
+    def tick(self) -> float:
+        """Do the work once; seconds until the next time. What it raises is logged and the thread goes on."""
+
+    def run(self) -> None:
+        wait_s = 0.0
+        while not self._stopped.wait(wait_s):
+            try:
+                wait_s = self.tick()
+            except Exception as error:
+                # The thread must outlive a database or broker that is away for a while.
+                log.warning("%s: %s: %s", self.name, type(error).__name__, error)
+                wait_s = self._after_error_s
+
+    def stop(self) -> None:
+        """Ask the thread to end; returns at once."""
+        self._stopped.set()

@@ -1,0 +1,192 @@
+"""One worker process, put together: threads, Celery, drain. ``run`` is everything after the command line."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import uuid4
+
+from celery import Celery
+from kombu import Connection
+
+from jobs import bell, schema
+from jobs.settings import Settings
+from jobs.storage import Storage, open_storage
+from jobs.store import Store
+from jobs.views import Due
+from worker.app import Consumer, make_app, register, stop_consuming
+from worker.drain import Drain, DrainSteps
+from worker.engine_thread import EngineThread, Workshop
+from worker.heartbeat import Heartbeat
+from worker.leases import Leases
+from worker.periodic import Periodic
+from worker.reasons import BrokerUnavailable
+from worker.slots import Slots
+from worker.sweeper import Pace, Sweeper, pace_for
+from worker.tasks import Deps, render
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Times in seconds. ``concurrency``: jobs held at once, twice what the engine steps together, so that it always
+    has candidates. ``until_empty``: leave when no job of our models is queued or running."""
+
+    concurrency: int
+    lease_s: float = 30.0
+    beat_s: float = 10.0
+    poll_s: float = 1.0
+    grace_s: float = 25.0
+    until_empty: bool = False
+
+
+def run(settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
+    """Work until told to leave; the exit code. Call it in the main thread.
+
+    Raises a ``NightshiftError`` when the worker cannot start: wrong settings, or a service that does not answer.
+    """
+    store, storage = open_store(settings), open_storage(settings.storage_url)
+    check_storage(storage)
+    check_broker(settings.broker_url)
+    worker = _Worker(settings, options, store, storage, EngineThread(open_workshop))
+    try:
+        return worker.run()
+    finally:
+        store.close()
+
+
+def open_store(settings: Settings) -> Store:
+    """The job table, migrated where it is a SQLite file. Raises SettingsError, SchemaOutdated, DatabaseUnavailable."""
+    if settings.embedded:
+        settings.make_home()
+    store = Store.open(settings.database_url)
+    schema.ensure(store.engines)
+    return store
+
+
+def check_storage(storage: Storage) -> None:
+    """Ask once, so that a wrong bucket or key shows at the start and not after the first rendered job."""
+    storage.exists("nightshift/probe")
+
+
+def check_broker(url: str) -> None:
+    """Raises ``BrokerUnavailable`` in one sentence when nothing answers at ``url``."""
+    if url.startswith("memory:"):
+        return
+    with Connection(url, connect_timeout=5, transport_options={"socket_connect_timeout": 5}) as connection:
+        try:
+            connection.ensure_connection(max_retries=1, timeout=6)
+        except Exception as error:  # kombu's own errors, redis', or the socket's
+            raise BrokerUnavailable(
+                f"the broker {connection.as_uri()} does not answer: {error}; start it or set NIGHTSHIFT_BROKER_URL"
+            ) from None
+
+
+def worker_name() -> str:
+    """``host:pid:uuid``, new at each start: two processes never share leases, whatever their names."""
+    return f"{socket.gethostname()[:100]}:{os.getpid()}:{uuid4()}"
+
+
+class UntilEmpty(Periodic):
+    """Asks to leave once nothing is queued or running any more."""
+
+    def __init__(self, store: Store, models: tuple[str, ...], slots: Slots, leave: Callable[[str], None]) -> None:
+        super().__init__("until-empty")
+        self._store, self._models, self._slots, self._leave = store, models, slots, leave
+
+    def tick(self) -> float:
+        if not self._slots.busy() and not self._store.unfinished(self._models):
+            self._leave("no work is left")
+            self.stop()
+        return 0.5
+
+
+class _Worker:
+    def __init__(
+        self, settings: Settings, options: Options, store: Store, storage: Storage, engine: EngineThread
+    ) -> None:
+        self._settings, self._options, self._store = settings, options, store
+        self._storage, self._engine = storage, engine
+        self._id = worker_name()
+        self._leases = Leases(engine.interrupt)
+        self._slots = Slots(options.concurrency, forget_s=self._pace.bell_age_s, clock=time.monotonic)
+        self._drain = Drain(
+            DrainSteps(self._slots.close, engine.drain, stop_consuming, self._release_all), grace_s=options.grace_s
+        )
+
+    def run(self) -> int:
+        self._drain.install_signal_handlers()
+        self._drain.start()
+        self._engine.start()
+        workshop = self._engine.ready.result()
+        app = make_app(self._settings.broker_url, workshop.models, concurrency=self._options.concurrency)
+        deps = self._deps(workshop)
+        register(app, lambda job_id: render(job_id, deps))
+        threads = self._threads(app, workshop)
+        consumer = Consumer(app, on_ready=lambda: self._announce(workshop))
+        for thread in threads:
+            thread.start()
+        consumer.start()  # until the drain stops it
+        for thread in threads:
+            thread.stop()
+        self._engine.close()
+        self._engine.join(timeout=self._options.grace_s)
+        self._drain.left()
+        log.info("worker %s left", self._id)
+        return int(consumer.exitcode or 0)
+
+    @property
+    def _pace(self) -> Pace:
+        return pace_for(self._settings.broker_url, self._options.lease_s)
+
+    def _deps(self, workshop: Workshop) -> Deps:
+        return Deps(
+            store=self._store,
+            storage=self._storage,
+            engine=self._engine,
+            leases=self._leases,
+            slots=self._slots,
+            worker_id=self._id,
+            lease_s=self._options.lease_s,
+            broken=workshop.broken,
+        )
+
+    def _threads(self, app: Celery, workshop: Workshop) -> list[Periodic]:
+        options = self._options
+
+        def ring(due: Due) -> None:
+            bell.send(app, due.id, due.model, due.priority)
+
+        threads: list[Periodic] = [
+            Heartbeat(
+                self._store,
+                self._leases,
+                self._id,
+                lease_s=options.lease_s,
+                beat_s=options.beat_s,
+                poll_s=options.poll_s,
+            ),
+            Sweeper(self._store, ring, self._slots, workshop.models, self._pace),
+        ]
+        if options.until_empty:
+            threads.append(UntilEmpty(self._store, workshop.models, self._slots, self._drain.request))
+        return threads
+
+    def _announce(self, workshop: Workshop) -> None:
+        log.info(
+            "worker %s ready: device %s, models %s, %d jobs at once, database %s, broker %s, storage %s",
+            self._id,
+            workshop.device,
+            ", ".join(f"{name} (broken)" if name in workshop.broken else name for name in workshop.models),
+            self._options.concurrency,
+            self._store.engines.shown,
+            Connection(self._settings.broker_url).as_uri(),
+            self._settings.storage_url,
+        )
+
+    def _release_all(self) -> None:
+        for lease in self._leases.held().values():
+            self._store.release(lease.claim)

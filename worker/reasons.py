@@ -1,0 +1,32 @@
+"""Why a claimed job ends in this process without a picture (``worker.tasks`` answers each one differently), and why a
+worker cannot start."""
+
+from jobs.errors import NightshiftError
+
+
+class Interrupted(Exception):
+    """The rows of a claim were taken out of the engine for a reason that is not the job's fault."""
+
+
+class LeaseLost(Interrupted):
+    """Somebody else may own the job by now: forget it and delete what was uploaded under our token."""
+
+
+class CancelAsked(Interrupted):
+    """A user asked for it: the job becomes ``cancelled``."""
+
+
+class Draining(Interrupted):
+    """The process leaves: the job goes back to the queue and keeps its attempt."""
+
+
+class Unusable(Exception):
+    """The job can never succeed (bad image, unknown model, values the engine refuses): it fails at once, no retry."""
+
+
+class OutcomeUnknown(Exception):
+    """The database did not say whether ``finish`` was applied: the uploaded objects may be visible and must stay."""
+
+
+class BrokerUnavailable(NightshiftError):
+    """The broker does not answer."""
