@@ -74,8 +74,16 @@ def ensure(engines: Engines) -> None:
     """Make sure that the tables are those of this version.
 
     A SQLite file is migrated when it needs it: there is nobody else to do it. A shared database is not; its
-    operator decides when. Raises SchemaOutdated with the remedy, DatabaseUnavailable.
+    operator decides when. Raises SchemaOutdated with the remedy, DatabaseUnavailable; no connection is left open then.
     """
+    try:
+        _ensure(engines)
+    except BaseException:
+        engines.dispose()
+        raise
+
+
+def _ensure(engines: Engines) -> None:
     ping(engines)
     with engines.reader.connect() as connection:
         found = current_revision(connection)

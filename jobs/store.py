@@ -180,7 +180,7 @@ class Store:
         )
 
     def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
-        """The tokens of this worker's running jobs that are to be cancelled. Takes no lock, so it may be asked often."""
+        """The tokens of this worker's running jobs that are to be cancelled. Takes no lock: may be asked often."""
         wanted = sa.select(job.c.lease_token).where(
             job.c.worker_id == worker_id, job.c.state == State.running, _cancel_wanted
         )

@@ -116,7 +116,7 @@ def test_a_bad_value_is_refused_with_field_and_allowed_range(field: str, value: 
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidSpec, match="allowed|both") as caught:
+    with pytest.raises(InvalidSpec, match=r"allowed|both") as caught:
         read_spec({"prompt": "x", **fields})
     assert [error.field for error in caught.value.errors] == [field]
 

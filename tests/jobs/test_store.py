@@ -136,6 +136,7 @@ def test_heartbeat_extends_what_is_held_and_tells_what_is_not(store: Store) -> N
     held, lost, wanted = (claimed(store, lease_s=EXPIRED_S) for _ in range(3))
     assert store.claim(lost.job_id, "worker-2") is not None
     store.cancel(wanted.job_id)
+    assert store.cancel_requested("worker-1") == {wanted.token}
     beat = store.heartbeat("worker-1")
     assert (beat.held, beat.cancelled) == ({held.token}, {wanted.token})
     assert store.sweep() == Sweep(0, 0, 0)

@@ -1,0 +1,193 @@
+"""One contract for every storage: a directory, and S3 on two servers that nobody of us wrote."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError
+from jobs.storage import DirStorage, Storage, check_key, open_storage
+from tests.conftest import Bucket
+from tests.servers import free_port
+
+KEY = "images/0190/token/0.png"
+
+
+@pytest.fixture
+def dir_storage(tmp_path: Path) -> Storage:
+    return open_storage((tmp_path / "a folder").as_uri())
+
+
+@pytest.fixture
+def rclone_storage(s3: Bucket) -> Storage:
+    return open_storage(s3.url)
+
+
+@pytest.fixture
+def moto_storage(moto_bucket: Bucket) -> Storage:
+    return open_storage(moto_bucket.url)
+
+
+@pytest.fixture(params=["dir", "rclone", "moto"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    made: Storage = request.getfixturevalue(f"{request.param}_storage")
+    return made
+
+
+class TestContract:
+    def test_what_was_put_is_got(self, storage: Storage) -> None:
+        data = bytes(range(256)) * 800
+        storage.put(KEY, data, "image/png")
+        assert storage.get(KEY) == data
+        assert storage.exists(KEY)
+
+    def test_an_empty_object_is_an_object(self, storage: Storage) -> None:
+        storage.put(KEY, b"", "image/png")
+        assert storage.get(KEY) == b""
+        assert storage.exists(KEY)
+
+    def test_a_second_put_replaces(self, storage: Storage) -> None:
+        storage.put(KEY, b"a longer first version", "image/png")
+        storage.put(KEY, b"second", "image/png")
+        assert storage.get(KEY) == b"second"
+
+    def test_what_is_not_there_is_told(self, storage: Storage) -> None:
+        assert not storage.exists(KEY)
+        with pytest.raises(KeyNotFound, match=KEY):
+            storage.get(KEY)
+
+    def test_delete_removes_and_may_be_repeated(self, storage: Storage) -> None:
+        storage.put(KEY, b"x", "image/png")
+        storage.delete(KEY)
+        storage.delete(KEY)
+        assert not storage.exists(KEY)
+
+    def test_a_folder_of_keys_is_no_object(self, storage: Storage) -> None:
+        storage.put(KEY, b"x", "image/png")
+        assert not storage.exists("images/0190")
+        with pytest.raises(KeyNotFound):
+            storage.get("images/0190")
+
+    @pytest.mark.parametrize(
+        "key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/.b", "a b", "ä", "a\n", "a\\b", "a" * 600]
+    )
+    def test_a_key_outside_the_rules_is_refused_everywhere(self, storage: Storage, key: str) -> None:
+        for call in (storage.get, storage.delete, storage.exists, storage.url):
+            with pytest.raises(InvalidKey, match="allowed"):
+                call(key)
+        with pytest.raises(InvalidKey):
+            storage.put(key, b"x", "image/png")
+
+    def test_the_url_ends_in_the_key(self, storage: Storage) -> None:
+        assert storage.url(KEY).endswith(KEY)
+
+    def test_many_threads_put_and_get(self, storage: Storage) -> None:
+        def put_and_get(number: int) -> bool:
+            storage.put(f"images/{number}/0.png", str(number).encode(), "image/png")
+            return storage.get(f"images/{number}/0.png") == str(number).encode()
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(put_and_get, range(40)))
+
+
+@given(st.text(max_size=60) | st.from_regex(r"[a-z./]{1,30}", fullmatch=True))
+def test_no_key_leads_out_of_the_root(key: str) -> None:
+    root = Path("/srv/storage")
+    try:
+        path = Path(os.path.normpath(root / check_key(key)))
+    except InvalidKey:
+        return
+    assert path.is_relative_to(root)
+    assert path != root
+    assert not path.name.startswith(".")
+
+
+def test_a_planted_link_leads_nowhere(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.png").write_bytes(b"secret")
+    root = tmp_path / "root"
+    storage = DirStorage(root)
+    (root / "images").symlink_to(outside)
+    (root / "one.png").symlink_to(outside / "secret.png")
+    for call in (storage.get, storage.exists, storage.delete):
+        with pytest.raises(InvalidKey, match="link"):
+            call("images/secret.png")
+    with pytest.raises(InvalidKey, match="link"):
+        storage.put("images/new.png", b"x", "image/png")
+    with pytest.raises(StorageError):
+        storage.get("one.png")
+    assert not storage.exists("one.png")
+    storage.put("one.png", b"mine", "image/png")
+    assert (outside / "secret.png").read_bytes() == b"secret"
+    assert list(outside.iterdir()) == [outside / "secret.png"]
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    storage = DirStorage(tmp_path / "root")
+    versions = [bytes([letter]) * 200_000 for letter in b"ab"]
+    storage.put(KEY, versions[0], "image/png")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for data in versions:
+                storage.put(KEY, data, "image/png")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(storage.get(KEY) in versions for _ in range(200))
+    finally:
+        stop.set()
+        writer.join()
+    assert [path.name for path in (tmp_path / "root/images/0190/token").iterdir()] == ["0.png"]
+
+
+def test_a_failed_put_leaves_nothing_behind(tmp_path: Path) -> None:
+    storage = DirStorage(tmp_path / "root")
+    storage.put("images/0.png/inside.png", b"x", "image/png")
+    with pytest.raises(StorageError):  # a folder has the name already
+        storage.put("images/0.png", b"y", "image/png")
+    assert sorted(path.name for path in (tmp_path / "root/images").iterdir()) == ["0.png"]
+
+
+@pytest.mark.parametrize(
+    "url", ["file://host/dir", "file://", "s3://", "s3:///prefix", "s3://key:secret@bucket/x", "http://x"]
+)
+def test_a_bad_url_is_told_without_its_secret(url: str) -> None:
+    with pytest.raises(SettingsError, match="NIGHTSHIFT_STORAGE_URL") as caught:
+        open_storage(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingsError, match="cannot make"):
+        open_storage(f"file://{tmp_path}/file/storage")
+
+
+def test_a_bucket_that_is_not_there_is_told(s3: Bucket) -> None:
+    storage = open_storage("s3://there-is-no-such-bucket/x")
+    with pytest.raises(StorageError, match="there-is-no-such-bucket"):
+        storage.put(KEY, b"x", "image/png")
+
+
+def test_wrong_credentials_are_told_without_the_secret(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(StorageError, match="refused") as caught:
+        open_storage(s3.url).put(KEY, b"x", "image/png")
+    assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_is_told(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError, match="cannot be reached"):
+        open_storage(s3.url).get(KEY)
