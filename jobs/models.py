@@ -83,7 +83,6 @@ sa.Index("job_due_ix", job.c.urgency, job.c.created_at, job.c.id, sqlite_where=_
 sa.Index("job_expiry_ix", job.c.lease_expires_at, sqlite_where=_running, postgresql_where=_running)
 sa.Index("job_worker_ix", job.c.worker_id, sqlite_where=_running, postgresql_where=_running)
 sa.Index("job_batch_ix", job.c.batch_id, job.c.state)
-sa.Index("job_state_ix", job.c.state)
 sa.Index("job_created_ix", job.c.created_at, job.c.id)
 
 image = sa.Table(

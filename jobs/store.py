@@ -32,17 +32,22 @@ MAX_ERROR_CHARS = 4000
 _NO_LEASE: dict[str, Any] = {"lease_expires_at": None}
 
 
+def _is(state: State) -> sa.ColumnElement[bool]:
+    """Written out, not bound: only so does a database see that the partial index of that state answers."""
+    return job.c.state == sa.literal_column(f"'{state}'")
+
+
 def _may_become(target: State) -> sa.ColumnElement[bool]:
     return job.c.state.in_(sources(target))
 
 
 def _held(claim: Claim) -> sa.ColumnElement[bool]:
     """The fence: the job runs, and under this very claim."""
-    return sa.and_(job.c.id == claim.job_id, job.c.state == State.running, job.c.lease_token == claim.token)
+    return sa.and_(job.c.id == claim.job_id, _is(State.running), job.c.lease_token == claim.token)
 
 
 def _expired() -> sa.ColumnElement[bool]:
-    return sa.and_(job.c.state == State.running, job.c.lease_expires_at <= db_now())
+    return sa.and_(_is(State.running), job.c.lease_expires_at <= db_now())
 
 
 _cancel_wanted = job.c.cancel_requested_at.is_not(None)
@@ -97,7 +102,7 @@ class Store:
 
         Raises JobNotFound, or JobConflict when the job has ended.
         """
-        at_once = job.c.state == State.queued
+        at_once = _is(State.queued)
         statement = (
             sa.update(job)
             .where(job.c.id == job_id, _may_become(State.cancelled))
@@ -118,7 +123,7 @@ class Store:
         """Put a failed job back, with all its attempts. Raises JobNotFound, or JobConflict for any other state."""
         statement = (
             sa.update(job)
-            .where(job.c.id == job_id, job.c.state == State.failed)
+            .where(job.c.id == job_id, _is(State.failed))
             .values(state=State.queued, attempts=0, available_at=db_now(), finished_at=None, rung_at=None, **_NO_LEASE)
         )
         with self._engines.writer.begin() as connection:
@@ -139,7 +144,7 @@ class Store:
         A job whose stored spec this version cannot read fails at once, with the reason.
         """
         token = uuid4()
-        waiting = sa.and_(job.c.state == State.queued, job.c.available_at <= db_now())
+        waiting = sa.and_(_is(State.queued), job.c.available_at <= db_now())
         statement = (
             sa.update(job)
             .where(job.c.id == job_id, sa.or_(waiting, _expired()), _attempts_left, ~_cancel_wanted)
@@ -167,7 +172,7 @@ class Store:
         """Extend every lease of this worker, in one statement."""
         statement = (
             sa.update(job)
-            .where(job.c.worker_id == worker_id, job.c.state == State.running)
+            .where(job.c.worker_id == worker_id, _is(State.running))
             .values(lease_expires_at=db_now(lease_s))
             # The bare column: SQLite 3.40 answers "IS NOT NULL" in a RETURNING with true whatever the row holds.
             .returning(job.c.lease_token, job.c.cancel_requested_at)
@@ -181,9 +186,7 @@ class Store:
 
     def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
         """The tokens of this worker's running jobs that are to be cancelled. Takes no lock: may be asked often."""
-        wanted = sa.select(job.c.lease_token).where(
-            job.c.worker_id == worker_id, job.c.state == State.running, _cancel_wanted
-        )
+        wanted = sa.select(job.c.lease_token).where(job.c.worker_id == worker_id, _is(State.running), _cancel_wanted)
         with self._engines.reader.connect() as connection:
             return frozenset(connection.scalars(wanted))
 
@@ -199,7 +202,7 @@ class Store:
                     connection.execute(sa.insert(image), images)
                 return True
             mine = sa.select(sa.literal(1)).where(
-                job.c.id == claim.job_id, job.c.state == State.succeeded, job.c.lease_token == claim.token
+                job.c.id == claim.job_id, _is(State.succeeded), job.c.lease_token == claim.token
             )
             return connection.scalar(mine) is not None
 
@@ -283,7 +286,7 @@ class Store:
         """At most `limit` queued jobs whose time has come and whose bell was never rung or is older than
         `older_than_s`; the most urgent first, then the oldest. Records that the bell rings now."""
         bell_old = sa.or_(job.c.rung_at.is_(None), job.c.rung_at <= db_now(-older_than_s))
-        chosen = sa.select(job.c.id).where(job.c.state == State.queued, job.c.available_at <= db_now(), bell_old)
+        chosen = sa.select(job.c.id).where(_is(State.queued), job.c.available_at <= db_now(), bell_old)
         if models is not None:
             chosen = chosen.where(job.c.model.in_(models))
         # skip_locked (SQLite ignores it): two sweepers share the work, neither waits for the other.

@@ -59,7 +59,6 @@ def upgrade() -> None:
     op.create_index("job_expiry_ix", "job", ["lease_expires_at"], sqlite_where=running, postgresql_where=running)
     op.create_index("job_worker_ix", "job", ["worker_id"], sqlite_where=running, postgresql_where=running)
     op.create_index("job_batch_ix", "job", ["batch_id", "state"])
-    op.create_index("job_state_ix", "job", ["state"])
     op.create_index("job_created_ix", "job", ["created_at", "id"])
     op.create_table(
         "image",

@@ -140,7 +140,7 @@ def test_text_is_one_line_of_composed_characters() -> None:
 
 def test_a_spec_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
-        JobSpec(prompt="x").steps = 3  # type: ignore[misc]
+        JobSpec(prompt="x").steps = 3
 
 
 def test_json_numbers_beyond_float_are_refused() -> None:

@@ -15,7 +15,7 @@ from jobs.models import MAX_ATTEMPTS, job
 from jobs.spec import JobSpec
 from jobs.states import TRANSITIONS, State, sources
 from jobs.store import Store
-from jobs.views import Claim, Output, Sweep
+from jobs.views import Beat, Claim, Output, Sweep
 
 SPEC = JobSpec(prompt="a red star", steps=4)
 EXPIRED_S = -1.0  # a lease that is over when it begins: no test has to wait for one
@@ -138,7 +138,7 @@ def test_heartbeat_extends_what_is_held_and_tells_what_is_not(store: Store) -> N
     store.cancel(wanted.job_id)
     assert store.cancel_requested("worker-1") == {wanted.token}
     beat = store.heartbeat("worker-1")
-    assert (beat.held, beat.cancelled) == ({held.token}, {wanted.token})
+    assert beat == Beat(held=frozenset({held.token}), cancelled=frozenset({wanted.token}))
     assert store.sweep() == Sweep(0, 0, 0)
     assert store.heartbeat("nobody").held == frozenset()
 
@@ -296,3 +296,14 @@ def test_every_state_is_in_the_transitions() -> None:
     assert set(TRANSITIONS) == set(State)
     assert sources(State.succeeded) == (State.running,)
     assert sources(State.cancelled) == (State.queued, State.running)
+
+
+def test_the_sweepers_look_reads_its_index_in_order_and_sorts_nothing(sqlite_store: Store) -> None:
+    seen: list[tuple[str, tuple[object, ...]]] = []
+    sa.event.listen(sqlite_store.engines.writer, "before_cursor_execute", lambda *args: seen.append((args[2], args[3])))
+    sqlite_store.due(5, older_than_s=5)
+    statement, values = next(each for each in seen if "UPDATE job" in each[0])
+    with sqlite_store.engines.reader.connect() as connection:
+        plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all())
+    assert "USING INDEX job_due_ix" in plan
+    assert "TEMP B-TREE" not in plan
