@@ -105,7 +105,7 @@ def rclone_s3() -> Iterator[S3Server]:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="nightshift-s3-") as folder:
         command = [binary, "serve", "s3", folder, "--addr", f"127.0.0.1:{port}", "--config", os.devnull]
-        command += ["--auth-key", f"{S3_KEY},{S3_SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "0s"]
+        command += ["--auth-key", f"{S3_KEY},{S3_SECRET}", "--vfs-cache-mode", "off"]
         with running(command, lambda: _speaks_http(port)):
             yield S3Server(f"http://127.0.0.1:{port}")
 
