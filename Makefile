@@ -3,7 +3,9 @@
 # Your own choices, for example on a CUDA machine:
 #   make .venv TORCH=torch==2.12.1 CONSTRAINTS=    another torch, and what fits it instead of the tested versions
 #   make .venv PIP_FLAGS="--extra-index-url ..."   another build of the same torch
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs and is new enough (a name on the PATH may be a shim without an interpreter behind it).
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 CONSTRAINTS ?= -c constraints.txt
@@ -27,7 +29,7 @@ help:  ## this list
 .venv: $(STAMP)  ## the environment, made when missing or stale
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "1/3 making $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "2/3 installing $(TORCH)"
