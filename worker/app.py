@@ -14,7 +14,9 @@ from jobs.bell import TASK, queue_name, transport_options
 
 def make_app(broker_url: str, models: Sequence[str], *, concurrency: int) -> Celery:
     """An app that consumes ``render.<model>`` of each model with ``concurrency`` threads."""
-    app = Celery("nightshift", broker=broker_url, set_as_current=False)
+    # kombu wants a host even where there is none, and warns at every connection without it
+    broker = broker_url if broker_url != "memory://" else "memory://localhost//"
+    app = Celery("nightshift", broker=broker, set_as_current=False)
     app.conf.update(
         result_backend=None,
         task_ignore_result=True,
@@ -48,10 +50,12 @@ def make_app(broker_url: str, models: Sequence[str], *, concurrency: int) -> Cel
 
 
 def register(app: Celery, story: Callable[[str], None]) -> None:
-    """Let ``story`` answer the bell with the message's first argument; whatever else the message holds is ignored."""
+    """Let ``story`` answer the bell with the message's first argument; whatever else it holds is ignored, and so is
+    a message without any (``stop_consuming`` sends those)."""
 
     def answer(*args: Any, **_: Any) -> None:
-        story(str(args[0]) if args else "")
+        if args:
+            story(str(args[0]))
 
     app.task(name=TASK, ignore_result=True)(answer)
 
@@ -75,9 +79,18 @@ class Consumer(WorkController):
         self._on_ready()
 
 
-def stop_consuming() -> None:
-    """Make every ``Consumer`` of this process end after the tasks that run now. From any thread."""
+def stop_consuming(app: Celery) -> None:
+    """Make the ``Consumer`` of this process end after the tasks that run now. From any thread."""
     setattr(celery_state, "should_stop", 0)  # noqa: B010 - typed as None in the stubs
+    if is_embedded(str(app.conf.broker_url)):
+        # Celery's loop for this transport sleeps up to 2 s before it looks, and once more while it ends.
+        for _ in range(2):
+            app.send_task(TASK, queue=app.conf.task_queues[0], ignore_result=True)
+
+
+def is_embedded(broker_url: str) -> bool:
+    """Whether the broker lives in this process, so that nobody else can ring."""
+    return broker_url.startswith("memory:")
 
 
 def _nothing() -> None:

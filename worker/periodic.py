@@ -13,7 +13,8 @@ class Periodic(threading.Thread, ABC):
     def __init__(self, name: str, *, after_error_s: float = 1.0) -> None:
         super().__init__(name=name, daemon=True)
         self._after_error_s = after_error_s
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._woken = threading.Event()
 
     @abstractmethod
     def tick(self) -> float:
@@ -21,7 +22,11 @@ class Periodic(threading.Thread, ABC):
 
     def run(self) -> None:
         wait_s = 0.0
-        while not self._stopped.wait(wait_s):
+        while True:
+            self._woken.wait(wait_s)
+            self._woken.clear()
+            if self._stopped:
+                return
             try:
                 wait_s = self.tick()
             except Exception as error:
@@ -31,4 +36,9 @@ class Periodic(threading.Thread, ABC):
 
     def stop(self) -> None:
         """Ask the thread to end; returns at once."""
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
+
+    def wake(self) -> None:
+        """Do the work now rather than at the time that was planned."""
+        self._woken.set()

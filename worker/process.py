@@ -16,7 +16,7 @@ from jobs.settings import Settings
 from jobs.storage import Storage, open_storage
 from jobs.store import Store
 from jobs.views import Due
-from worker.app import Consumer, make_app, register, stop_consuming
+from worker.app import Consumer, is_embedded, make_app, register, stop_consuming
 from worker.drain import Drain, DrainSteps
 from worker.engine_thread import EngineThread, Workshop
 from worker.heartbeat import Heartbeat
@@ -74,7 +74,7 @@ def check_storage(storage: Storage) -> None:
 
 def check_broker(url: str) -> None:
     """Raises ``BrokerUnavailable`` in one sentence when nothing answers at ``url``."""
-    if url.startswith("memory:"):
+    if is_embedded(url):
         return
     with Connection(url, connect_timeout=5, transport_options={"socket_connect_timeout": 5}) as connection:
         try:
@@ -83,6 +83,11 @@ def check_broker(url: str) -> None:
             raise BrokerUnavailable(
                 f"the broker {connection.as_uri()} does not answer: {error}; start it or set NIGHTSHIFT_BROKER_URL"
             ) from None
+
+
+def shown_broker(url: str) -> str:
+    """The URL without its password."""
+    return url if is_embedded(url) else str(Connection(url).as_uri())
 
 
 def worker_name() -> str:
@@ -112,31 +117,45 @@ class _Worker:
         self._storage, self._engine = storage, engine
         self._id = worker_name()
         self._leases = Leases(engine.interrupt)
+        self._app: Celery | None = None
         self._slots = Slots(options.concurrency, forget_s=self._pace.bell_age_s, clock=time.monotonic)
         self._drain = Drain(
-            DrainSteps(self._slots.close, engine.drain, stop_consuming, self._release_all), grace_s=options.grace_s
+            DrainSteps(self._slots.close, engine.drain, self._stop_consuming, self._release_all),
+            grace_s=options.grace_s,
         )
 
     def run(self) -> int:
+        """Everything from the models to the last thread; see ``run`` of this module."""
         self._drain.install_signal_handlers()
         self._drain.start()
         self._engine.start()
         workshop = self._engine.ready.result()
-        app = make_app(self._settings.broker_url, workshop.models, concurrency=self._options.concurrency)
+        self._app = app = make_app(self._settings.broker_url, workshop.models, concurrency=self._options.concurrency)
         deps = self._deps(workshop)
         register(app, lambda job_id: render(job_id, deps))
         threads = self._threads(app, workshop)
-        consumer = Consumer(app, on_ready=lambda: self._announce(workshop))
         for thread in threads:
             thread.start()
-        consumer.start()  # until the drain stops it
+        self._consume(app, workshop)
         for thread in threads:
             thread.stop()
         self._engine.close()
         self._engine.join(timeout=self._options.grace_s)
         self._drain.left()
         log.info("worker %s left", self._id)
-        return int(consumer.exitcode or 0)
+        return 0
+
+    def _consume(self, app: Celery, workshop: Workshop) -> None:
+        """Answer bells until the drain begins.
+
+        Celery's consumer ends with an error when a message is no envelope at all (anyone who reaches the broker can
+        put one there); that message is gone then, so we begin anew.
+        """
+        while not self._slots.closed:
+            Consumer(app, on_ready=lambda: self._announce(workshop)).start()
+            if not self._slots.closed:
+                log.error("the consumer ended by itself; starting it again")
+                time.sleep(0.2)  # a broker full of garbage must not take a whole core
 
     @property
     def _pace(self) -> Pace:
@@ -160,7 +179,11 @@ class _Worker:
         def ring(due: Due) -> None:
             bell.send(app, due.id, due.model, due.priority)
 
+        sweeper = Sweeper(self._store, ring, self._slots, workshop.models, self._pace)
+        if is_embedded(self._settings.broker_url):
+            self._slots.on_free = sweeper.wake  # nobody else rings: a freed slot would stay empty until the next round
         threads: list[Periodic] = [
+            sweeper,
             Heartbeat(
                 self._store,
                 self._leases,
@@ -169,7 +192,6 @@ class _Worker:
                 beat_s=options.beat_s,
                 poll_s=options.poll_s,
             ),
-            Sweeper(self._store, ring, self._slots, workshop.models, self._pace),
         ]
         if options.until_empty:
             threads.append(UntilEmpty(self._store, workshop.models, self._slots, self._drain.request))
@@ -183,9 +205,13 @@ class _Worker:
             ", ".join(f"{name} (broken)" if name in workshop.broken else name for name in workshop.models),
             self._options.concurrency,
             self._store.engines.shown,
-            Connection(self._settings.broker_url).as_uri(),
+            shown_broker(self._settings.broker_url),
             self._settings.storage_url,
         )
+
+    def _stop_consuming(self) -> None:
+        if self._app is not None:  # else the models are still being loaded; `run` looks before it consumes
+            stop_consuming(self._app)
 
     def _release_all(self) -> None:
         for lease in self._leases.held().values():

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Slots:
-    """Counts task threads. Thread-safe.
+    """Counts task threads. Thread-safe. ``on_free`` is called when a task has ended.
 
     ``forget_s``: a rung job that did not start here by then was taken by another worker (or its message was lost);
     it stops occupying a slot.
@@ -15,6 +15,7 @@ class Slots:
     def __init__(self, limit: int, *, forget_s: float, clock: Callable[[], float]) -> None:
         self.limit = limit
         self.closed = False
+        self.on_free: Callable[[], None] = _nothing
         self._forget_s = forget_s
         self._clock = clock
         self._busy = 0
@@ -53,3 +54,8 @@ class Slots:
         finally:
             with self._lock:
                 self._busy -= 1
+            self.on_free()
+
+
+def _nothing() -> None:
+    pass

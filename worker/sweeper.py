@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from jobs.store import Store
 from jobs.views import Due
+from worker.app import is_embedded
 from worker.periodic import Periodic
 from worker.slots import Slots
 
@@ -32,7 +33,7 @@ WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0)
 
 def pace_for(broker_url: str, lease_s: float) -> Pace:
     """The pace for this broker; never slower than a quarter of a lease, or short leases would wait for the sweeper."""
-    pace = EMBEDDED if broker_url.startswith("memory:") else WITH_BROKER
+    pace = EMBEDDED if is_embedded(broker_url) else WITH_BROKER
     return replace(pace, idle_s=min(pace.idle_s, lease_s / 4), sweep_s=min(pace.sweep_s, lease_s / 4))
 
 

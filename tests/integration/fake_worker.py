@@ -1,0 +1,22 @@
+"""A worker process like any other, with the fake engine: ``python -m tests.integration.fake_worker OPTIONS STEP_S``.
+
+OPTIONS is JSON for ``worker.process.Options``; the settings come from the environment.
+"""
+
+import json
+import sys
+
+from jobs import Settings
+from tests.fakes import fake_workshop
+from worker import logs
+from worker.process import Options, run
+
+
+def main() -> int:
+    options, step_s = Options(**json.loads(sys.argv[1])), float(sys.argv[2])
+    logs.set_up(as_json=False)
+    return run(Settings(), options, lambda: fake_workshop(step_s=step_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
