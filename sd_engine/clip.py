@@ -1,0 +1,80 @@
+"""The CLIP text encoder of Stable Diffusion.
+
+Legend of the shape suffixes: B prompts, T tokens, D width.
+Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; parameter names
+follow the transformers layout but for the renames in `keymaps.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd_engine.config import ClipConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and those before it."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = (
+            proj(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class ClipLayer(nn.Module):
+    """Attention and a two-layer perceptron, each after its LayerNorm and around a skip."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.self_attn = CausalAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.fc1 = nn.Linear(config.width, config.mlp_width)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self.self_attn(self.layer_norm1(x_BTD))
+        return x_BTD + self.fc2(self.activation(self.fc1(self.layer_norm2(x_BTD))))
+
+
+class ClipTextEncoder(nn.Module):
+    """Token ids to the context that the U-Net attends to."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_tokens, config.width)
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
+        self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Token ids [B, T], T at most `max_tokens` -> context [B, T, D]."""
+        x_BTD = self.token_embedding(ids_BT) + self.position_embedding.weight[: ids_BT.shape[1]]
+        for layer in self.layers:
+            x_BTD = layer(x_BTD)
+        return self.final_layer_norm(x_BTD)

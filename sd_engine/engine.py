@@ -1,0 +1,109 @@
+"""The engine: requests go in, pictures come out, and in between rows are stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+
+from sd_engine.errors import InvalidRequest
+from sd_engine.packer import Packer
+from sd_engine.request import Finished, Lane, Request, Row
+from sd_engine.runner import Runner
+from sd_engine.samplers import step_table
+from sd_engine.weights import Model
+
+# Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
+DEFAULT_MAX_UNITS = 16 * 64 * 64
+
+
+class Engine:
+    """Draws requests with the given models, many in one U-Net call. Not thread-safe: one thread owns it.
+
+    models: one model, or several by name (a request without a name takes the first).
+    max_units: the limit of one pack, in U-Net rows x latent cells.
+    """
+
+    def __init__(self, models: Model | Mapping[str, Model], *, max_units: int | None = None) -> None:
+        named = {models.name: models} if isinstance(models, Model) else dict(models)
+        if not named:
+            raise ValueError("models is empty: an engine needs at least one")
+        self.models = named
+        self.packer = Packer(max_units or DEFAULT_MAX_UNITS)
+        self.runner = Runner(named)
+        self._ids = count(1)
+        self._rows: dict[int, Row] = {}
+
+    def step(self) -> list[Finished]:
+        """Take in what waits, step one pack, and return what has ended (pictures, failures, cancellations)."""
+        self.runner.prepare(self.packer.admit())
+        self.runner.denoise(self.packer.pack())
+        return self._leave(self.runner.decode(self.packer.retire()))
+
+    def add(self, request: Request) -> int:
+        """Take a request in and return its id. Raises InvalidRequest, and then nothing was added."""
+        model_name = request.model if request.model is not None else next(iter(self.models))
+        if model_name not in self.models:
+            raise InvalidRequest("model", model_name, "one of " + ", ".join(self.models))
+        model = self.models[model_name]
+        strength = None if request.init_image is None else request.strength
+        table = step_table(request.sampler, model.schedule, request.steps, strength)
+        row = Row(id=next(self._ids), request=request, lane=Lane(model_name, *request.size(*model.size)), table=table)
+        self.packer.add(row)
+        self._rows[row.id] = row
+        return row.id
+
+    def cancel(self, id: int) -> None:
+        """Let a request leave at the next step, as Finished with error Cancelled; one that has ended is left alone."""
+        self.packer.cancel(id)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing is in flight; on each such look the packer's books are checked."""
+        if self.packer.idle:
+            self.packer.check()
+        return self.packer.idle
+
+    def progress(self, id: int) -> tuple[int, int]:
+        """Steps made and steps in all. Raises KeyError for an id that is not in flight."""
+        row = self._rows[id]
+        return row.step, len(row.table)
+
+    def render(self, requests: Iterable[Request]) -> list[npt.NDArray[np.uint8]]:
+        """Draw all, in order: uint8 [H, W, 3] each.
+
+        Raises InvalidRequest for the first request that is not allowed, and the first error that a row ended with;
+        either way nothing of this call stays in the engine. Raises RuntimeError while others' requests are in flight:
+        their endings would be lost here.
+        """
+        if not self.packer.idle:
+            raise RuntimeError("render() needs an idle engine: drive the requests in flight to their end by step()")
+        pictures: dict[int, npt.NDArray[np.uint8]] = {}
+        try:
+            ids = [self.add(request) for request in requests]
+            while not self.packer.idle:
+                pictures |= {finished.id: _picture(finished) for finished in self.step()}
+        except BaseException:
+            self._abandon()
+            raise
+        return [pictures[id] for id in ids]
+
+    def _abandon(self) -> None:
+        for id in list(self._rows):
+            self.packer.cancel(id)
+        self.packer.retire()
+        self._rows.clear()
+
+    def _leave(self, finished: list[Finished]) -> list[Finished]:
+        for done in finished:
+            del self._rows[done.id]
+        return finished
+
+
+def _picture(finished: Finished) -> npt.NDArray[np.uint8]:
+    if finished.error is not None:
+        raise finished.error
+    assert finished.image is not None, "a request that ended without an error has a picture"
+    return finished.image

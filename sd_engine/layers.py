@@ -1,0 +1,99 @@
+"""The building blocks that the U-Net and the VAE share.
+
+Legend of the shape suffixes: B batch, C channels, H height, W width, N positions (H*W), T text tokens,
+D width of a token, E width of the time embedding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps, cosines first: [B] -> [B, width], float32.
+
+    Source: Ho et al. 2020, after Vaswani et al. 2017, section 3.5, with the order of Stable Diffusion.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t_B.device))
+    angles = t_B.float()[:, None] * frequencies[None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, around a skip; with a time embedding in the U-Net, without in the VAE."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, groups: int, eps: float, time_width: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, eps=eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, channels_out) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, channels_out, eps=eps)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None = None) -> Tensor:
+        """[B, channels_in, H, W], and [B, E] if it was built with a time width -> [B, channels_out, H, W]."""
+        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        if self.time_emb_proj is not None:
+            assert emb_BE is not None, "a block with a time embedding needs one"
+            h_BCHW = h_BCHW + self.time_emb_proj(F.silu(emb_BE))[:, :, None, None]
+        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
+        skip_BCHW = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
+        return skip_BCHW + h_BCHW
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `x` to `context` (to itself when none is given)."""
+
+    def __init__(self, width: int, *, heads: int, context_width: int | None = None, qkv_bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=qkv_bias)
+        self.to_k = nn.Linear(context_width or width, width, bias=qkv_bias)
+        self.to_v = nn.Linear(context_width or width, width, bias=qkv_bias)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, context_BTD: Tensor | None = None) -> Tensor:
+        """[B, N, D] (and [B, T, context_width]) -> [B, N, D]."""
+        context_BTD = x_BND if context_BTD is None else context_BTD
+        q, k, v = self._split(self.to_q(x_BND)), self._split(self.to_k(context_BTD)), self._split(self.to_v(context_BTD))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x_BND: Tensor) -> Tensor:
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """Halve both sides by a strided convolution.
+
+    The VAE of Stable Diffusion pads right and below only, the U-Net all around: the other choice shifts every feature.
+    """
+
+    def __init__(self, channels: int, *, pad_all_sides: bool):
+        super().__init__()
+        self.pad_all_sides = pad_all_sides
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, ceil(H / 2) or H // 2, likewise W]."""
+        return self.conv(x_BCHW if self.pad_all_sides else F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double both sides (nearest) and convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W], or to `size`, where the way down had rounded an odd side up."""
+        if size is None:
+            size = (2 * x_BCHW.shape[-2], 2 * x_BCHW.shape[-1])
+        return self.conv(F.interpolate(x_BCHW, size=size, mode="nearest"))

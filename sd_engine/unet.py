@@ -1,0 +1,202 @@
+"""The U-Net of Stable Diffusion: a noisy latent, a timestep and a text to a prediction of the noise (or velocity).
+
+Legend of the shape suffixes: U U-Net rows (a guided image has two), C channels, H height, W width (latent cells),
+N positions (H*W), T text tokens, D width of a token, E width of the time embedding.
+Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; parameter names follow
+the diffusers layout but for the renames in `keymaps.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sd_engine.config import UNetConfig
+from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+
+_RESNET_EPS = 1e-5
+_TRANSFORMER_EPS = 1e-6  # the spatial transformers differ from the residual blocks, as in the reference
+
+
+class GeGlu(nn.Module):
+    """Feed-forward with a gated GELU (Shazeer 2020, "GLU Variants Improve Transformer")."""
+
+    def __init__(self, width: int, expansion: int = 4):
+        super().__init__()
+        self.proj_in = nn.Linear(width, 2 * expansion * width)
+        self.proj_out = nn.Linear(expansion * width, width)
+
+    def forward(self, x_UND: Tensor) -> Tensor:
+        """[U, N, D] -> [U, N, D]."""
+        value, gate = self.proj_in(x_UND).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and around a skip."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads=heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads=heads, context_width=context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = GeGlu(width)
+
+    def forward(self, x_UND: Tensor, context_UTD: Tensor) -> Tensor:
+        """[U, N, D], [U, T, context width] -> [U, N, D]."""
+        x_UND = x_UND + self.attn1(self.norm1(x_UND))
+        x_UND = x_UND + self.attn2(self.norm2(x_UND), context_UTD)
+        return x_UND + self.ff(self.norm3(x_UND))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig):
+        super().__init__()
+        self.linear = config.linear_projection
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=_TRANSFORMER_EPS)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.block = TransformerBlock(channels, heads, config.context_width)
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_UCHW: Tensor, context_UTD: Tensor) -> Tensor:
+        """[U, C, H, W], [U, T, D] -> [U, C, H, W]."""
+        size, skip_UCHW = x_UCHW.shape[-2:], x_UCHW
+        h = self.norm(x_UCHW)
+        h_UNC = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))
+        h_UNC = self.block(h_UNC, context_UTD)
+        h = _to_map(self.proj_out(h_UNC), size) if self.linear else self.proj_out(_to_map(h_UNC, size))
+        return h + skip_UCHW
+
+
+def _to_tokens(x_UCHW: Tensor) -> Tensor:
+    return x_UCHW.flatten(2).transpose(1, 2)
+
+
+def _to_map(x_UNC: Tensor, size: torch.Size) -> Tensor:
+    return x_UNC.transpose(1, 2).unflatten(2, size)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: residual blocks, each with its spatial transformer where the level has them."""
+
+    def __init__(self, widths: list[tuple[int, int]], heads: int | None, config: UNetConfig):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(a, b, groups=config.norm_groups, eps=_RESNET_EPS, time_width=4 * config.channels[0])
+            for a, b in widths
+        )
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(b, heads, config) if heads else nn.Identity() for _, b in widths
+        )
+
+    def block(self, i: int, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor) -> Tensor:
+        """Run residual block `i` and what attends after it."""
+        x_UCHW = self.resnets[i](x_UCHW, emb_UE)
+        attention = self.attentions[i]
+        return attention(x_UCHW, context_UTD) if isinstance(attention, SpatialTransformer) else x_UCHW
+
+
+class DownLevel(Level):
+    """A level on the way down; every block's output, and the halved one, is kept for the way up."""
+
+    def __init__(self, level: int, config: UNetConfig):
+        channels = config.channels
+        before = channels[max(level - 1, 0)]
+        widths = [(before, channels[level])] + [(channels[level],) * 2] * (config.blocks_per_level - 1)
+        super().__init__(widths, config.heads[level] if config.attention[level] else None, config)
+        last = level == len(channels) - 1
+        self.downsample = None if last else Downsample(channels[level], pad_all_sides=True)
+
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor, skips: list[Tensor]) -> Tensor:
+        """Push each output on `skips`; return the last."""
+        for i in range(len(self.resnets)):
+            x_UCHW = self.block(i, x_UCHW, emb_UE, context_UTD)
+            skips.append(x_UCHW)
+        if self.downsample is not None:
+            x_UCHW = self.downsample(x_UCHW)
+            skips.append(x_UCHW)
+        return x_UCHW
+
+
+class MidBlock(Level):
+    """Residual block, spatial transformer, residual block, at the coarsest level."""
+
+    def __init__(self, config: UNetConfig):
+        width = config.channels[-1]
+        super().__init__([(width, width)] * 2, None, config)
+        self.attentions = nn.ModuleList([SpatialTransformer(width, config.heads[-1], config), nn.Identity()])
+
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor) -> Tensor:
+        """[U, C, H, W] -> [U, C, H, W]."""
+        return self.block(1, self.block(0, x_UCHW, emb_UE, context_UTD), emb_UE, context_UTD)
+
+
+class UpLevel(Level):
+    """A level on the way up; every block takes one kept output beside its input."""
+
+    def __init__(self, level: int, config: UNetConfig):
+        channels = config.channels
+        width, below = channels[level], channels[min(level + 1, len(channels) - 1)]
+        blocks = config.blocks_per_level + 1
+        # The last kept output of a level comes from the level above it (its halved output, or conv_in's).
+        skips = [width] * (blocks - 1) + [channels[max(level - 1, 0)]]
+        widths = [((below if i == 0 else width) + skip, width) for i, skip in enumerate(skips)]
+        super().__init__(widths, config.heads[level] if config.attention[level] else None, config)
+        self.upsample = Upsample(width) if level > 0 else None
+
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor, skips: list[Tensor]) -> Tensor:
+        """Pop one of `skips` per block; enlarge to the size of the next one, which the way down may have rounded."""
+        for i in range(len(self.resnets)):
+            x_UCHW = self.block(i, torch.cat([x_UCHW, skips.pop()], dim=1), emb_UE, context_UTD)
+        if self.upsample is not None:
+            height, width = skips[-1].shape[-2:]
+            x_UCHW = self.upsample(x_UCHW, (height, width))
+        return x_UCHW
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers over the sinusoids of the timestep."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, t_U: Tensor) -> Tensor:
+        """[U] -> [U, E], with E four times the width of the first level."""
+        sinusoids = timestep_embedding(t_U, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+class UNet(nn.Module):
+    """Predict noise or velocity; every row has its own timestep and its own text."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        levels = range(len(config.channels))
+        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(config.channels[0])
+        self.down_blocks = nn.ModuleList(DownLevel(level, config) for level in levels)
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpLevel(level, config) for level in reversed(levels))
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=_RESNET_EPS)
+        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x_UCHW: Tensor, t_U: Tensor, context_UTD: Tensor) -> Tensor:
+        """Latents [U, in, H, W], timesteps [U], texts [U, T, context width] -> prediction [U, out, H, W]."""
+        emb_UE = self.time_embedding(t_U)
+        x_UCHW = self.conv_in(x_UCHW)
+        skips = [x_UCHW]
+        for down in self.down_blocks:
+            x_UCHW = down(x_UCHW, emb_UE, context_UTD, skips)
+        x_UCHW = self.mid_block(x_UCHW, emb_UE, context_UTD)
+        for up in self.up_blocks:
+            x_UCHW = up(x_UCHW, emb_UE, context_UTD, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(x_UCHW)))
