@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_engine.errors import Cancelled, InvalidRequest
-from sd_engine.request import Finished, Request
+from sd_engine import Cancelled, Finished, InvalidRequest, Request
 from worker.engine_thread import Workshop
 
 SIDE = 64

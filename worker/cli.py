@@ -19,8 +19,9 @@ from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
 from worker.reasons import BrokerUnavailable
 
 USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
-#: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help.
-WRONG_SETTINGS, UNAVAILABLE = 1, 69
+#: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
+#: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
+WRONG_SETTINGS, UNAVAILABLE, BROKEN = 1, 69, 70
 
 
 def _device(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -41,7 +42,13 @@ def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any
 @click.option(
     "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"
 )
-@click.option("--concurrency", type=click.IntRange(min=1), default=16, show_default=True, help="jobs held at once")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="jobs held at once: twice those of one step",
+)
 @click.option(
     "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of one step; default: the engine's"
 )
@@ -76,10 +83,14 @@ def _work(
     grace_seconds: float,
 ) -> int:
     from jobs.settings import Settings
+    from worker.preflight import open_services
+
+    settings = Settings()
+    services = open_services(settings)  # before torch is imported: a missing service is told in a moment
+
     from worker.process import Options, run
     from worker.workshop import TorchOptions, open_workshop
 
-    settings = Settings()
     beat_s = heartbeat_seconds or lease_seconds / 3
     options = Options(
         concurrency=concurrency,
@@ -90,7 +101,7 @@ def _work(
         until_empty=until_empty,
     )
     torch_options = TorchOptions(device, max_units, threads)
-    return run(settings, options, lambda: open_workshop(settings.models, torch_options))
+    return run(services, settings, options, lambda: open_workshop(settings.models, torch_options))
 
 
 def _supervise(params: Mapping[str, Any]) -> int:
@@ -148,3 +159,8 @@ def _told_in_a_sentence() -> Iterator[None]:
         click.echo(f"Error: {error}", err=True)
         away = isinstance(error, DatabaseUnavailable | StorageError | BrokerUnavailable)
         raise SystemExit(UNAVAILABLE if away else WRONG_SETTINGS) from None
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception:
+        logging.getLogger(__name__).critical("unexpected", exc_info=True)
+        raise SystemExit(BROKEN) from None

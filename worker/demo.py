@@ -17,7 +17,6 @@ import click
 from jobs import Client, JobSpec, Settings, State
 from jobs.errors import NightshiftError
 from jobs.views import JobView
-from worker.process import open_store
 from worker.sheet import Print, contact_sheet
 
 #: Seconds. Far above what two slow cores need; a demo that hangs helps nobody.
@@ -97,7 +96,6 @@ def run_demo(home: Path, *, show: Callable[[str], None] | None = None) -> Summar
     """Submit, wait, lay out the contact sheet. ``show`` gets what a person would like to read meanwhile."""
     tell = show or (lambda _: None)
     settings = embedded(home)
-    open_store(settings).close()  # migrates, so that we can submit before the worker is up
     client = Client(settings)
     model = next(iter(settings.models))
     began = time.monotonic()

@@ -16,7 +16,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_engine.request import Finished, Request
+from sd_engine import Finished, Request
 from worker.reasons import Draining
 
 log = logging.getLogger(__name__)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from celery import Celery
-from kombu import Connection
 
-from jobs import bell, schema
+from jobs import bell
 from jobs.settings import Settings
-from jobs.storage import Storage, open_storage
 from jobs.store import Store
 from jobs.views import Due
 from worker.app import Consumer, is_embedded, make_app, register, stop_consuming
@@ -22,7 +20,7 @@ from worker.engine_thread import EngineThread, Workshop
 from worker.heartbeat import Heartbeat
 from worker.leases import Leases
 from worker.periodic import Periodic
-from worker.reasons import BrokerUnavailable
+from worker.preflight import Services, shown_broker
 from worker.slots import Slots
 from worker.sweeper import Pace, Sweeper, pace_for
 from worker.tasks import Deps, render
@@ -43,51 +41,15 @@ class Options:
     until_empty: bool = False
 
 
-def run(settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
+def run(services: Services, settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
     """Work until told to leave; the exit code. Call it in the main thread.
 
-    Raises a ``NightshiftError`` when the worker cannot start: wrong settings, or a service that does not answer.
+    Raises a ``NightshiftError`` when no model can be loaded or the device is not there.
     """
-    store, storage = open_store(settings), open_storage(settings.storage_url)
-    check_storage(storage)
-    check_broker(settings.broker_url)
-    worker = _Worker(settings, options, store, storage, EngineThread(open_workshop))
     try:
-        return worker.run()
+        return _Worker(settings, options, services, EngineThread(open_workshop)).run()
     finally:
-        store.close()
-
-
-def open_store(settings: Settings) -> Store:
-    """The job table, migrated where it is a SQLite file. Raises SettingsError, SchemaOutdated, DatabaseUnavailable."""
-    if settings.embedded:
-        settings.make_home()
-    store = Store.open(settings.database_url)
-    schema.ensure(store.engines)
-    return store
-
-
-def check_storage(storage: Storage) -> None:
-    """Ask once, so that a wrong bucket or key shows at the start and not after the first rendered job."""
-    storage.exists("nightshift/probe")
-
-
-def check_broker(url: str) -> None:
-    """Raises ``BrokerUnavailable`` in one sentence when nothing answers at ``url``."""
-    if is_embedded(url):
-        return
-    with Connection(url, connect_timeout=5, transport_options={"socket_connect_timeout": 5}) as connection:
-        try:
-            connection.ensure_connection(max_retries=1, timeout=6)
-        except Exception as error:  # kombu's own errors, redis', or the socket's
-            raise BrokerUnavailable(
-                f"the broker {connection.as_uri()} does not answer: {error}; start it or set NIGHTSHIFT_BROKER_URL"
-            ) from None
-
-
-def shown_broker(url: str) -> str:
-    """The URL without its password."""
-    return url if is_embedded(url) else str(Connection(url).as_uri())
+        services.store.close()
 
 
 def worker_name() -> str:
@@ -110,11 +72,9 @@ class UntilEmpty(Periodic):
 
 
 class _Worker:
-    def __init__(
-        self, settings: Settings, options: Options, store: Store, storage: Storage, engine: EngineThread
-    ) -> None:
-        self._settings, self._options, self._store = settings, options, store
-        self._storage, self._engine = storage, engine
+    def __init__(self, settings: Settings, options: Options, services: Services, engine: EngineThread) -> None:
+        self._settings, self._options, self._engine = settings, options, engine
+        self._store, self._storage = services.store, services.storage
         self._id = worker_name()
         self._leases = Leases(engine.interrupt)
         self._app: Celery | None = None

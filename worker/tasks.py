@@ -14,7 +14,7 @@ from jobs.errors import InvalidKey, KeyNotFound, StorageError
 from jobs.storage import Storage
 from jobs.store import Store
 from jobs.views import Claim, Output
-from sd_engine.errors import InvalidRequest, WeightsError
+from sd_engine import InvalidRequest, WeightsError
 from worker.encode import Picture, encode
 from worker.engine_thread import EngineThread
 from worker.leases import Lease, Leases

@@ -10,8 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from jobs.errors import KeyNotFound
 from jobs.spec import JobSpec
 from jobs.storage import Storage
-from sd_engine.errors import InvalidRequest
-from sd_engine.request import Request
+from sd_engine import InvalidRequest, Request
 from worker.reasons import Unusable
 
 # An init image only has to cover the largest picture we draw; these bounds keep a small file that decodes to

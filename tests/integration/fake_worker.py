@@ -9,13 +9,15 @@ import sys
 from jobs import Settings
 from tests.fakes import fake_workshop
 from worker import logs
+from worker.preflight import open_services
 from worker.process import Options, run
 
 
 def main() -> int:
     options, step_s = Options(**json.loads(sys.argv[1])), float(sys.argv[2])
     logs.set_up(as_json=False)
-    return run(Settings(), options, lambda: fake_workshop(step_s=step_s))
+    settings = Settings()
+    return run(open_services(settings), settings, options, lambda: fake_workshop(step_s=step_s))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from sd_engine.errors import InvalidRequest
-from sd_engine.request import Request
+from sd_engine import InvalidRequest, Request
 from tests.fakes import FakeEngine, fake_image, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Clock, Gate, once
 from worker.engine_thread import DIED, EngineThread, Workshop

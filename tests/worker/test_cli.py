@@ -1,0 +1,84 @@
+"""The command line of the worker: what it says before any work begins."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs import Settings
+from worker.cli import child_command, worker
+from worker.logs import JsonFormatter
+from worker.preflight import shown_broker
+from worker.process import worker_name
+
+
+def test_a_device_that_cannot_be_is_refused_with_the_choices() -> None:
+    answer = CliRunner().invoke(worker, ["--device", "gpu7"])
+    assert answer.exit_code == 2
+    assert "'gpu7' is no device" in answer.output and "cuda:N" in answer.output
+
+
+@pytest.mark.parametrize("module", ["worker.cli", "worker.supervisor"])
+def test_the_command_line_needs_no_torch_until_it_works(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'numpy'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_child_of_the_supervisor_gets_the_same_options_and_one_device() -> None:
+    params = {
+        "device": "all",
+        "concurrency": 8,
+        "max_units": None,
+        "until_empty": True,
+        "as_json": True,
+        "verbose": False,
+    }
+    command = child_command("cuda:1", params)
+    assert command[3:] == ["--device", "cuda:1", "--concurrency", "8", "--until-empty", "--json"]
+
+
+def test_every_start_has_a_name_of_its_own() -> None:
+    assert worker_name() != worker_name()
+    assert worker_name().count(":") == 2
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown_broker("redis://user:secret@host:6379/0") == "redis://user:***@host:6379/0"
+    assert shown_broker("redis://:secret@host:6379/0") == "redis://:***@host:6379/0"
+    assert shown_broker("redis://host:6379/0") == "redis://host:6379/0"
+
+
+def test_json_log_lines_are_one_object_each() -> None:
+    record = logging.LogRecord("worker", logging.INFO, __file__, 1, "job %s\nclaimed", ("x",), None)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "job x\nclaimed"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "says"),
+    [
+        ("NIGHTSHIFT_BROKER_URL", "redis://127.0.0.1:1/0", 69, "the broker redis://127.0.0.1:1/0 does not answer"),
+        ("NIGHTSHIFT_DATABASE_URL", "postgresql://u:hidden@127.0.0.1:1/x", 69, "does not answer"),
+        ("NIGHTSHIFT_DATABASE_URL", "mysql://host/x", 1, "NIGHTSHIFT_DATABASE_URL"),
+        ("NIGHTSHIFT_MODELS", "torn=/nowhere", 1, "no model can be loaded"),
+    ],
+)
+def test_what_keeps_a_worker_from_starting_is_told_in_a_sentence(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, code: int, says: str
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_HOME", str(settings.home))
+    monkeypatch.setenv(variable, value)
+    ended = subprocess.run(
+        [sys.executable, "-m", "worker", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ended.returncode == code
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr and "hidden" not in ended.stderr

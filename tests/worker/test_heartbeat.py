@@ -1,0 +1,126 @@
+"""The heartbeat, with the real store: what it extends, what it interrupts, when it stops trusting itself."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from uuid import UUID
+
+import pytest
+
+from jobs import JobSpec, Settings, State, schema
+from jobs.store import Store
+from jobs.views import Beat, Claim
+from tests.worker.helpers import Clock
+from worker.heartbeat import Heartbeat
+from worker.leases import Lease, Leases
+from worker.reasons import CancelAsked, Interrupted, LeaseLost
+
+WORKER = "host:1:test"
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    settings.make_home()
+    store = Store.open(settings.database_url)
+    schema.ensure(store.engines)
+    yield store
+    store.close()
+
+
+class World:
+    """One heartbeat, its clock, and what it interrupted."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.clock = store, Clock()
+        self.interrupted: dict[UUID, Interrupted] = {}
+        self.leases = Leases(self.interrupted.__setitem__)
+        self.heartbeat = self.beating_with(store)
+        self.held = ExitStack()
+
+    def beating_with(self, store: Store) -> Heartbeat:
+        return Heartbeat(store, self.leases, WORKER, lease_s=30, beat_s=10, poll_s=1, clock=self.clock)
+
+    def claim(self) -> tuple[Claim, Lease]:
+        job = self.store.submit([JobSpec(prompt="a star")])[0]
+        claim = self.store.claim(job.id, WORKER)
+        assert claim is not None
+        return claim, self.held.enter_context(self.leases.hold(claim, self.clock.now))
+
+
+@pytest.fixture
+def world(store: Store) -> World:
+    return World(store)
+
+
+def test_a_beat_extends_the_leases_and_interrupts_nothing(world: World) -> None:
+    _, lease = world.claim()
+    world.clock.now += 10
+    world.heartbeat.beat()
+    assert (lease.trusted_since, world.interrupted) == (world.clock.now, {})
+
+
+def test_a_cancelled_job_is_interrupted_between_two_beats(world: World) -> None:
+    claim, lease = world.claim()
+    world.heartbeat.tick()
+    world.store.cancel(claim.job_id)
+    world.clock.now += 1
+    world.heartbeat.tick()
+    assert isinstance(world.interrupted[claim.token], CancelAsked)
+    with pytest.raises(CancelAsked):
+        lease.check()
+
+
+def test_a_job_that_somebody_else_ended_is_lost(world: World) -> None:
+    claim, _ = world.claim()
+    world.store.fail(claim, "ended elsewhere", retry=False)
+    world.heartbeat.beat()
+    assert isinstance(world.interrupted[claim.token], LeaseLost)
+
+
+def test_a_claim_made_during_a_beat_is_not_called_lost(world: World) -> None:
+    class ClaimsMeanwhile(Store):
+        def heartbeat(self, worker_id: str, *, lease_s: float = 30.0) -> Beat:
+            beat = super().heartbeat(worker_id, lease_s=lease_s)
+            world.claim()
+            return beat
+
+    world.claim()
+    world.beating_with(ClaimsMeanwhile(world.store.engines)).beat()
+    assert world.interrupted == {}
+
+
+class Away(Store):
+    """A database that does not answer."""
+
+    def heartbeat(self, worker_id: str, *, lease_s: float = 30.0) -> Beat:
+        raise ConnectionError("away")
+
+    def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
+        raise ConnectionError("away")
+
+
+def test_a_lease_is_given_up_once_the_database_was_away_for_its_length(world: World) -> None:
+    claim, lease = world.claim()
+    heartbeat = world.beating_with(Away(world.store.engines))
+    world.clock.now += 30
+    with pytest.raises(ConnectionError):
+        heartbeat.tick()
+    assert world.interrupted == {}, "29.999 s are still ours"
+    world.clock.now += 0.001
+    with pytest.raises(ConnectionError):
+        heartbeat.tick()
+    assert isinstance(world.interrupted[claim.token], LeaseLost)
+    with pytest.raises(LeaseLost):
+        lease.check()
+
+
+def test_a_lease_that_ended_here_is_not_interrupted(world: World) -> None:
+    claim, _ = world.claim()
+    world.held.close()
+    world.leases.interrupt(claim.token, LeaseLost())
+    assert world.interrupted == {}
+
+
+def test_the_database_sees_one_statement_for_many_leases(world: World) -> None:
+    claims = [world.claim()[0] for _ in range(3)]
+    assert world.store.heartbeat(WORKER).held == {claim.token for claim in claims}
+    assert {world.store.get(claim.job_id).state for claim in claims} == {State.running}
