@@ -21,6 +21,8 @@ from worker.sheet import Print, contact_sheet
 
 #: Seconds. Far above what two slow cores need; a demo that hangs helps nobody.
 PATIENCE_S = 600.0
+BATCH = "demo"
+WORKER_COMMAND = (sys.executable, "-m", "worker")
 
 # (prompt, what differs from the defaults). The first picture is what the img2img jobs start from.
 FIRST: tuple[str, dict[str, Any]] = ("a large red star on a blue background", {"steps": 20, "guidance": 4.0})
@@ -92,31 +94,39 @@ def embedded(home: Path) -> Settings:
     )
 
 
-def run_demo(home: Path, *, show: Callable[[str], None] | None = None) -> Summary:
+def run_demo(
+    home: Path, *, show: Callable[[str], None] | None = None, worker_command: Sequence[str] = WORKER_COMMAND
+) -> Summary:
     """Submit, wait, lay out the contact sheet. ``show`` gets what a person would like to read meanwhile."""
     tell = show or (lambda _: None)
     settings = embedded(home)
-    client = Client(settings)
-    model = next(iter(settings.models))
+    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     began = time.monotonic()
-    with running_worker(settings) as process:
-        tell(f"worker {process.pid} on {settings.home}, log in {log_path(settings)}")
-        first, *others = client.submit_many(specs([FIRST, *FROM_TEXT], model), batch="demo")
-        watch = _Watch(client, process, settings, total=1 + len(FROM_TEXT) + len(FROM_IMAGE), bar=show is not None)
-        with watch:
-            watch.until_ended([first.id])
-            if client.get(first.id).state is not State.succeeded:
-                raise NightshiftError(
-                    f"the first picture failed ({client.get(first.id).error}); see {log_path(settings)}"
-                )
-            picture = client.image_bytes(first.id)
-            later = client.submit_many(specs(FROM_IMAGE, model, init_image=picture), batch="demo")
-            watch.until_ended([job.id for job in (first, *others, *later)])
-    seconds = time.monotonic() - began
-    jobs = [client.get(job.id) for job in (first, *others, *later)]
-    sheet = settings.home / "contact-sheet.png"
-    contact_sheet(prints(client, jobs), sheet)
+    with Client(settings) as client:
+        with running_worker(settings, worker_command) as process:
+            tell(f"worker {process.pid}, log in {log_path(settings)}")
+            watch = _Watch(client, process, settings, total=1 + len(FROM_TEXT) + len(FROM_IMAGE), bar=show is not None)
+            with watch:
+                ids = submit_all(client, watch)
+            seconds = time.monotonic() - began
+        jobs = [client.get(id) for id in ids]
+        sheet = settings.home / "contact-sheet.png"
+        contact_sheet(prints(client, jobs), sheet)
     return summarise(settings, sheet, jobs, seconds)
+
+
+def submit_all(client: Client, watch: "_Watch") -> list[UUID]:
+    """Submit the txt2img jobs, then, from the first picture, the img2img jobs; returns when all have ended."""
+    model = next(iter(client.settings.models))
+    first, *others = client.submit_many(specs([FIRST, *FROM_TEXT], model), batch=BATCH)
+    watch.until_ended([first.id])
+    if client.get(first.id).state is not State.succeeded:
+        raise NightshiftError(f"the first picture failed ({client.get(first.id).error}); see {watch.log}")
+    picture = client.image_bytes(first.id)
+    later = client.submit_many(specs(FROM_IMAGE, model, init_image=picture), batch=BATCH)
+    ids = [job.id for job in (first, *others, *later)]
+    watch.until_ended(ids)
+    return ids
 
 
 def specs(choices: Sequence[tuple[str, dict[str, Any]]], model: str, **more: Any) -> list[JobSpec]:
@@ -162,7 +172,7 @@ def log_path(settings: Settings) -> Path:
 
 
 @contextmanager
-def running_worker(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+def running_worker(settings: Settings, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A worker process of its own, as in real use; it is told to leave at the end, and made to if it does not."""
     environment = os.environ | {
         "NIGHTSHIFT_HOME": str(settings.home),
@@ -171,9 +181,7 @@ def running_worker(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         "NIGHTSHIFT_STORAGE_URL": settings.storage_url,
     }
     with log_path(settings).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -191,7 +199,7 @@ class _Watch:
     def __init__(
         self, client: Client, process: subprocess.Popen[bytes], settings: Settings, *, total: int, bar: bool
     ) -> None:
-        self._client, self._process, self._log = client, process, log_path(settings)
+        self._client, self._process, self.log = client, process, log_path(settings)
         self._give_up_at = time.monotonic() + PATIENCE_S
         shown = bar and sys.stderr.isatty()
         self._bar = click.progressbar(length=total, label="rendering", file=sys.stderr) if shown else None
@@ -209,13 +217,13 @@ class _Watch:
         """Returns when all of ``ids`` have ended. Raises NightshiftError when the worker died or time is up."""
         while not self._look(ids):
             if self._process.poll() is not None:
-                raise NightshiftError(f"the worker ended with {self._process.returncode}; see {self._log}")
+                raise NightshiftError(f"the worker ended with {self._process.returncode}; see {self.log}")
             if time.monotonic() > self._give_up_at:
-                raise NightshiftError(f"not done after {PATIENCE_S:.0f} s; see {self._log}")
+                raise NightshiftError(f"not done after {PATIENCE_S:.0f} s; see {self.log}")
             time.sleep(0.2)
 
     def _look(self, ids: Sequence[UUID]) -> bool:
-        counts = self._client.batch("demo").counts()
+        counts = self._client.batch(BATCH).counts()
         ended = sum(counts[state] for state in (State.succeeded, State.failed, State.cancelled))
         if self._bar is not None:
             self._bar.update(ended - self._ended)

@@ -26,8 +26,7 @@ def open_services(settings: Settings) -> Services:
 
     Raises SettingsError, SchemaOutdated, DatabaseUnavailable, StorageError, BrokerUnavailable, each with its remedy.
     """
-    if settings.embedded:
-        settings.make_home()
+    settings.make_home()
     store = Store.open(settings.database_url)
     schema.ensure(store.engines)
     storage = open_storage(settings.storage_url)
