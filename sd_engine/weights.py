@@ -1,0 +1,231 @@
+"""Weights: a diffusers folder, or an original single-file checkpoint, to a model that is ready to draw.
+
+Modules are built on `meta` (no memory, no initialization), files are mapped into memory, and the mapped tensors are
+assigned: so loading costs one read, and CPU processes that load the same file in its own dtype share its pages.
+Loading is strict: a key that is missing, unexpected or of another shape is an error that lists the keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sd_engine import keymaps
+from sd_engine.clip import ClipTextEncoder
+from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
+from sd_engine.errors import WeightsError
+from sd_engine.schedules import NoiseSchedule
+from sd_engine.tensorfile import fill, listed, opened
+from sd_engine.tokenizer import Tokenizer
+from sd_engine.unet import UNet
+from sd_engine.vae import Vae
+
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_FILES = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """What a model is made of; the defaults are SD 1.x's, because its single-file checkpoints do not say."""
+
+    text: ClipConfig = field(default_factory=ClipConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+
+    def __post_init__(self) -> None:
+        """Raise WeightsError for parts that do not belong together."""
+        if self.unet.context_width != self.text.width:
+            raise WeightsError(
+                f"the U-Net takes texts of width {self.unet.context_width}, the text encoder gives {self.text.width}"
+            )
+        if not self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels:
+            raise WeightsError(
+                f"the U-Net takes {self.unet.in_channels} channels and gives {self.unet.out_channels}, the VAE's "
+                f"latents have {self.vae.latent_channels}: only models where all are equal are supported (no inpainting models)"
+            )
+
+
+SD1 = Configs()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """The parts of a loaded model, on one device in one dtype, in evaluation mode."""
+
+    name: str
+    tokenizer: Tokenizer
+    text_encoder: ClipTextEncoder
+    unet: UNet
+    vae: Vae
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was trained at."""
+        side = self.unet.config.sample_size * self.factor
+        return side, side
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return self.vae.config.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.config.latent_channels
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(__file__).parent / "models" / "nightshift-mini"
+
+
+def load_model(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer: Path | str | None = None,
+    configs: Configs = SD1,
+) -> Model:
+    """Load a diffusers folder, or a single-file `.safetensors` checkpoint with the original (LDM) names.
+
+    A single file has no tokenizer and does not say what it is made of: `tokenizer` is a folder with `vocab.json` and
+    `merges.txt` (none given: `tokenizer/` beside the file), and `configs` describes the model. A folder has both.
+    Raises WeightsError: what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
+    """
+    path, device = Path(path), torch.device(device)
+    if path.is_dir():
+        return _load_folder(path, device, dtype)
+    if not path.exists():
+        raise WeightsError(f"there is no model at {path}; give a diffusers folder or a .safetensors checkpoint")
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path} is neither a folder nor a .safetensors file; convert the checkpoint to safetensors")
+    return _load_checkpoint(path, device, dtype, _tokenizer_folder(path, tokenizer), configs)
+
+
+def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    _check_pipeline(folder)
+    configs = _read_configs(folder)
+    model = _empty_model(folder.name, folder / "tokenizer", configs, device, dtype)
+    for component, module in _modules(model).items():
+        with opened(_weights_file(folder / component)) as file:
+            names = {key: key for key in file.keys}
+            fill(module, file, names, keymaps.DIFFUSERS[component], (device, dtype))
+    return _ready(model)
+
+
+def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path, configs: Configs) -> Model:
+    model = _empty_model(path.stem, tokenizer, configs, device, dtype)
+    with opened(path) as file:
+        keys = [key for key in file.keys if not keymaps.is_ldm_leftover(key)]
+        strangers = [key for key in keys if not key.startswith(tuple(keymaps.LDM_PREFIXES.values()))]
+        if strangers:
+            raise WeightsError(
+                f"{path} is not an SD 1.x checkpoint with the original names: {listed('unexpected', strangers)}"
+            )
+        maps = keymaps.ldm(configs.unet, configs.vae)
+        for component, module in _modules(model).items():
+            prefix = keymaps.LDM_PREFIXES[component]
+            names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+            fill(module, file, names, maps[component], (device, dtype))
+    return _ready(model)
+
+
+def _empty_model(name: str, tokenizer: Path, configs: Configs, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model with its modules on `meta`."""
+    words = Tokenizer.from_folder(tokenizer, max_tokens=configs.text.max_tokens)
+    if words.vocab_size > configs.text.vocab_size:
+        raise WeightsError(
+            f"the tokenizer in {tokenizer} has {words.vocab_size} tokens, the text encoder only "
+            f"{configs.text.vocab_size}; use the tokenizer that the model was trained with"
+        )
+    with torch.device("meta"):
+        text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
+    return Model(name, words, text_encoder, unet, vae, configs.schedule, device, dtype)
+
+
+def _modules(model: Model) -> dict[str, torch.nn.Module]:
+    return {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
+
+
+def _ready(model: Model) -> Model:
+    for module in _modules(model).values():
+        module.eval().requires_grad_(False)
+    return model
+
+
+def _read_configs(folder: Path) -> Configs:
+    return Configs(
+        text=_read_config(folder / "text_encoder" / "config.json", ClipConfig.from_dict),
+        unet=_read_config(folder / "unet" / "config.json", UNetConfig.from_dict),
+        vae=_read_config(folder / "vae" / "config.json", VaeConfig.from_dict),
+        schedule=_read_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule.from_config),
+    )
+
+
+def _read_config(path: Path, parse: Callable[[Mapping[str, Any]], Config]) -> Config:
+    """Parse a JSON file of the folder; whatever is wrong with it, the error names the file."""
+    settings = _read_json(path)
+    try:
+        return parse(settings)
+    except KeyError as error:
+        raise WeightsError(f"{path} lacks the setting {error.args[0]!r}") from error
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing; a diffusers folder has one: copy it from the model's source") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path} does not hold a JSON object; download it again")
+    return settings
+
+
+def _check_pipeline(folder: Path) -> None:
+    """`model_index.json` may be left out; if it is there, it must name a pipeline that this engine is."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        return
+    pipeline = _read_json(index).get("_class_name", _PIPELINES[0])
+    if pipeline not in _PIPELINES:
+        raise WeightsError(f"{index}: {pipeline} is not supported (supported: {', '.join(_PIPELINES)})")
+
+
+def _weights_file(component: Path) -> Path:
+    """The component's safetensors file; its fp16 variant when that is the only one."""
+    stem = _FILES[component.name]
+    candidates = [component / f"{stem}.safetensors", component / f"{stem}.fp16.safetensors"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise WeightsError(
+        f"{component} has neither {candidates[0].name} nor {candidates[1].name}; "
+        "copy it from the model's source, or save the model as safetensors in one file"
+    )
+
+
+def _tokenizer_folder(checkpoint: Path, given: Path | str | None) -> Path:
+    folder = checkpoint.parent / "tokenizer" if given is None else Path(given)
+    if not folder.is_dir():
+        raise WeightsError(
+            f"a single-file checkpoint has no tokenizer, and {folder} is not a folder; pass tokenizer=FOLDER with "
+            "vocab.json and merges.txt, or put them in tokenizer/ beside the file"
+        )
+    return folder
