@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, MARGIN, COLUMNS = 192, 16, 4
-LINE, LINES = 15, 4
+CELL, MARGIN, COLUMNS = 256, 16, 4
+LINE, LINES, WRAP = 15, 4, 38  # of captions: pixels, lines, characters
 PAPER, INK, FAINT = (24, 24, 28), (240, 240, 240), (150, 150, 160)
 
 
@@ -39,9 +39,9 @@ def _place(sheet: Image.Image, item: Print, left: int, top: int) -> None:
         picture = _fitted(opened.convert("RGB"))
     sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    lines = [*textwrap.wrap(item.title, 30)[: LINES - 1], item.details]
-    for number, line in enumerate(lines):
-        colour = FAINT if number == len(lines) - 1 else INK
+    title = [(line, INK) for line in textwrap.wrap(item.title, WRAP)[: LINES - 1]]
+    details = [(line, FAINT) for line in textwrap.wrap(item.details, WRAP)]
+    for number, (line, colour) in enumerate([*title, *details][:LINES]):
         draw.text((left, top + CELL + 2 + number * LINE), line, fill=colour, font=font)
 
 
