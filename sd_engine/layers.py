@@ -19,7 +19,8 @@ def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
     Source: Ho et al. 2020, after Vaswani et al. 2017, section 3.5, with the order of Stable Diffusion.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t_B.device))
+    # In the reference's order of operations: an angle is up to 1000 times as wrong as its frequency is rounded.
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
     angles = t_B.float()[:, None] * frequencies[None, :]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -60,8 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor | None = None) -> Tensor:
         """[B, N, D] (and [B, T, context_width]) -> [B, N, D]."""
-        context_BTD = x_BND if context_BTD is None else context_BTD
-        q, k, v = self._split(self.to_q(x_BND)), self._split(self.to_k(context_BTD)), self._split(self.to_v(context_BTD))
+        source = x_BND if context_BTD is None else context_BTD
+        q, k, v = self._split(self.to_q(x_BND)), self._split(self.to_k(source)), self._split(self.to_v(source))
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(mixed.transpose(1, 2).flatten(2))
 

@@ -50,8 +50,10 @@ class Tokenizer:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> ids [B, max_tokens], int64. A prompt that is too long is cut, with one warning in the log."""
+        # Half of a surrogate pair, which JSON can carry, has no bytes and would raise; it is drawn as a question mark.
+        prompts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]
         batch = self._tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
         for prompt, mask in zip(prompts, batch["attention_mask"], strict=True):
             if bool(mask.all()):

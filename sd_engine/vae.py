@@ -7,6 +7,8 @@ names follow the diffusers layout but for the renames in `keymaps.py`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,9 +53,7 @@ class Level(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, blocks: int, groups: int, resample: nn.Module | None):
         super().__init__()
         widths = [channels_in] + [channels_out] * blocks
-        self.resnets = nn.ModuleList(
-            ResBlock(a, b, groups=groups, eps=_EPS) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.resnets = nn.ModuleList(ResBlock(a, b, groups=groups, eps=_EPS) for a, b in pairwise(widths))
         self.resample = resample
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

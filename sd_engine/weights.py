@@ -49,7 +49,7 @@ class Configs:
         if not self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels:
             raise WeightsError(
                 f"the U-Net takes {self.unet.in_channels} channels and gives {self.unet.out_channels}, the VAE's "
-                f"latents have {self.vae.latent_channels}: only models where all are equal are supported (no inpainting models)"
+                f"latents have {self.vae.latent_channels}: only models where all are equal are supported"
             )
 
 
