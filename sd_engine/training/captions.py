@@ -98,6 +98,7 @@ def train_text_encoder(encoder: ClipTextEncoder, tokenizer: Tokenizer, steps: in
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    end_id = tokenizer.encode([""])[0, 1]
     heads = nn.Linear(encoder.config.width, sum(map(len, _QUESTIONS)))
     parameters = [*encoder.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
@@ -109,7 +110,7 @@ def train_text_encoder(encoder: ClipTextEncoder, tokenizer: Tokenizer, steps: in
         ids_BT = tokenizer.encode([scene.caption for scene in scenes])
         logits_BTK = heads(encoder(ids_BT))
         wanted = torch.tensor([answers(scene) for scene in scenes])
-        loss, right = _judge(logits_BTK, ids_BT == tokenizer.end_id, wanted)
+        loss, right = _judge(logits_BTK, ids_BT == end_id, wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -29,14 +29,14 @@ from sd_engine.vae import Vae
 class UNetRecipe:
     """How the U-Net is trained. `sizes`: (height, width, share of the batches) in pixels."""
 
-    steps: int = 5000
+    steps: int = 4500
     batch: int = 32
     learning_rate: float = 1e-3
     text_rate: float = 0.2
     warmup: int = 200
     drop_caption: float = 0.1
     ema: float = 0.999
-    pictures: int = 16000
+    pictures: int = 9600
     sizes: tuple[tuple[int, int, float], ...] = ((96, 96, 0.8), (96, 128, 0.1), (128, 96, 0.1))
     two_things: float = 0.12
     seed: int = 2
@@ -114,7 +114,6 @@ class Trainee(nn.Module):
         alpha = self.alphas[t_B][:, None, None, None]  # type: ignore[index]
         x_BCHW = alpha.sqrt() * z_BCHW + (1 - alpha).sqrt() * noise_BCHW
         velocity_BCHW = alpha.sqrt() * noise_BCHW - (1 - alpha).sqrt() * z_BCHW
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         return F.mse_loss(self.unet(x_BCHW, t_B, self.text_encoder(ids_BT)), velocity_BCHW)
 
 
@@ -138,7 +137,7 @@ def train_unet(trainee: Trainee, sets: list[Latents], scale: float, empty: Tenso
         {"params": list(trainee.unet.parameters()), "share": 1.0},
         {"params": list(trainee.text_encoder.parameters()), "share": recipe.text_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = {name: value.detach().clone() for name, value in trainee.state_dict().items()}
     checkpoint, first = folder / "unet.pt", 0
     if checkpoint.exists():
