@@ -32,7 +32,10 @@ FORBIDDEN: Mapping[str, set[str]] = {
 # A command line loads its heavy half when the command runs, so that `nightshift --help` answers at once.
 COMMAND_MODULES = {"jobs/commands.py", "worker/cli.py", "sd_engine/training/cli.py"}
 LAZY_ANYWHERE = {"torch"}  # deliberate: the torch-free modules of the engine stay importable without it
-LAZY_HERE = {("jobs/storage.py", "jobs.storage_s3")}  # boto3 is an extra that a directory as storage does not need
+LAZY_HERE = {
+    ("jobs/storage.py", "jobs.storage_s3"),  # boto3 is an extra that a directory as storage does not need
+    ("sd_engine/__init__.py", "<computed>"),  # the torch half of the public names, loaded when it is asked for
+}
 
 TORCH_FREE_ENGINE = ("sd_engine.packer", "sd_engine.request", "sd_engine.samplers", "sd_engine.schedules")
 
