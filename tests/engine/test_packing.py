@@ -1,0 +1,168 @@
+"""The packing promise: whatever shares a U-Net call with an image, the image is the one that is rendered alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sd_engine import SAMPLERS, Cancelled, Engine, Model, Request, load_model
+from tests.tiny_model import make_tiny_model
+
+Pixels = npt.NDArray[np.uint8]
+
+# Kernels add in another order for another batch size, so float32 results differ in their last bits, and a value that
+# falls next to the middle between two of the 256 levels may then round the other way: one level, never two.
+ONE_LEVEL = 1
+
+INIT = np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+# Different in everything that a pack may mix; three lanes (sizes).
+POOL = (
+    Request("red cat", seed=1, steps=3, guidance=7.5, sampler="ddim", width=64, height=64),
+    Request("cat", seed=2, steps=5, guidance=None, sampler="euler_a", width=64, height=64),
+    Request("", negative_prompt="red", seed=3, steps=2, guidance=3.0, sampler="ddpm", width=64, height=64),
+    Request("a cat at", seed=4, steps=6, guidance=1.0, sampler="dpmpp_2m_karras", width=64, height=64),
+    Request("red", seed=5, steps=4, guidance=12.0, sampler="euler_karras", width=64, height=64, init_image=INIT),
+    Request("red at", seed=6, steps=8, guidance=5.0, sampler="dpmpp_2m", init_image=INIT, strength=0.4),
+    Request("cat cat", seed=7, steps=3, guidance=4.0, sampler="euler", width=96, height=64),
+    Request("at", seed=8, steps=5, guidance=None, sampler="euler_a_karras", init_image=INIT, strength=0.9),
+    Request("red", seed=9, steps=4, guidance=2.0, sampler="ddim", width=64, height=104),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One request of the pool: when it comes, and at which tick it is cancelled, if at all."""
+
+    request: int
+    arrives: int
+    cancelled: int | None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    make_tiny_model(folder)
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[Pixels]:
+    return [Engine(model).render([request])[0] for request in POOL]
+
+
+def ticks(engine: Engine, visits: list[Visit]) -> dict[int, Pixels | Exception]:
+    """Drive an engine through all arrivals and cancels; visit -> what its request ended with."""
+    ids: dict[int, int] = {}
+    endings: dict[int, Pixels | Exception] = {}
+    tick = 0
+    while len(endings) < len(visits):
+        for i, visit in enumerate(visits):
+            if visit.arrives == tick:
+                ids[engine.add(POOL[visit.request])] = i
+            if visit.cancelled == tick and visit.arrives <= tick:
+                engine.cancel(next(id for id, of in ids.items() if of == i))
+        for finished in engine.step():
+            assert ids[finished.id] not in endings, "a request ended twice"
+            ending = finished.image if finished.error is None else finished.error
+            assert ending is not None
+            endings[ids[finished.id]] = ending
+        engine.packer.check()
+        tick += 1
+        assert tick < 500, "the engine makes no progress"
+    assert engine.idle
+    return endings
+
+
+VISITS = st.builds(
+    Visit,
+    request=st.integers(0, len(POOL) - 1),
+    arrives=st.integers(0, 6),
+    cancelled=st.one_of(st.none(), st.none(), st.integers(0, 10)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(visits=st.lists(VISITS, min_size=1, max_size=9), max_units=st.sampled_from([64, 300, 10_000]))
+def test_any_mix_of_requests_arrivals_and_cancels_draws_each_image_as_if_alone(
+    model: Model, alone: list[Pixels], visits: list[Visit], max_units: int
+) -> None:
+    endings = ticks(Engine(model, max_units=max_units), visits)
+    for i, visit in enumerate(visits):
+        ending = endings[i]
+        if isinstance(ending, Exception):
+            assert isinstance(ending, Cancelled) and visit.cancelled is not None, ending
+        else:
+            difference = np.abs(ending.astype(int) - alone[visit.request].astype(int)).max()
+            assert difference <= ONE_LEVEL, f"{POOL[visit.request]}: {difference} levels"
+
+
+def test_every_sampler_is_in_the_pool() -> None:
+    assert {request.sampler for request in POOL} == set(SAMPLERS)
+
+
+def test_different_requests_of_one_lane_share_one_unet_call(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, calls = Engine(model), list[int]()
+    forward = model.unet.forward
+
+    def counted(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return forward(x, t, context)
+
+    monkeypatch.setattr(model.unet, "forward", counted)
+    for request in POOL[:5]:
+        engine.add(request)
+    engine.step()
+    # Guided rows take two U-Net rows, the unguided ones (guidance None and 1.0) take one.
+    assert calls == [2 + 1 + 2 + 1 + 2]
+
+
+def test_neighbours_never_change_an_images_noise(model: Model) -> None:
+    def first_latents(requests: tuple[Request, ...]) -> list[torch.Tensor]:
+        engine = Engine(model)
+        for request in requests:
+            engine.add(request)
+        rows = engine.packer.admit()
+        engine.runner.prepare(rows)
+        return [row.latent for row in rows if row.latent is not None]
+
+    (by_itself,) = first_latents(POOL[:1])
+    together = first_latents(POOL)
+    assert torch.equal(by_itself, together[0])
+
+
+def test_a_row_that_cannot_be_stepped_fails_alone(model: Model, alone: list[Pixels], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    ids = [engine.add(request) for request in POOL[:5]]
+    rows = engine.packer.admit()
+    engine.runner.prepare(rows)
+    rows[2].context = torch.zeros(2, 5, 7)  # of no use to the U-Net: the whole pack's call fails at first
+    endings = {}
+    while not engine.idle:
+        endings |= {finished.id: finished for finished in engine.step()}
+    assert endings[ids[2]].error is not None
+    for i in (0, 1, 3, 4):
+        image = endings[ids[i]].image
+        assert image is not None
+        assert np.abs(image.astype(int) - alone[i].astype(int)).max() <= ONE_LEVEL
+
+
+def test_a_picture_that_is_not_finite_fails_alone(model: Model) -> None:
+    engine = Engine(model)
+    ids = [engine.add(request) for request in POOL[:3]]
+    rows = engine.packer.admit()
+    engine.runner.prepare(rows)
+    assert rows[1].latent is not None
+    rows[1].latent = rows[1].latent * float("nan")
+    endings = {}
+    while not engine.idle:
+        endings |= {finished.id: finished for finished in engine.step()}
+    assert [endings[id].error is None for id in ids] == [True, False, True]
+    assert "finite" in str(endings[ids[1]].error)
+
