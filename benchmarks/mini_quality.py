@@ -85,7 +85,9 @@ def shape_masks() -> dict[str, Mask]:
     return {name: np.asarray(mask, dtype=bool) for name, mask in shapes.items()}
 
 
-def _inside(x: npt.NDArray[np.floating], y: npt.NDArray[np.floating], px: npt.NDArray[np.floating], py: npt.NDArray[np.floating]) -> Mask:
+def _inside(
+    x: npt.NDArray[np.floating], y: npt.NDArray[np.floating], px: npt.NDArray[np.floating], py: npt.NDArray[np.floating]
+) -> Mask:
     """Even-odd rule: whether points lie inside a closed polygon."""
     inside = np.zeros(x.shape, dtype=bool)
     for (ax, ay), (bx, by) in itertools.pairwise([*zip(px, py, strict=True), (px[0], py[0])]):
@@ -173,7 +175,9 @@ def random_prompt(rng: random.Random) -> Wanted:
     return Wanted(f"a {size}{colour} {shape} on a {background} background", background, colour, shape)
 
 
-def measure(model_folder: Path, prompts: int, seed: int, steps: int, guidance: float, sampler: str) -> dict[str, object]:
+def measure(
+    model_folder: Path, prompts: int, seed: int, steps: int, guidance: float, sampler: str
+) -> dict[str, object]:
     """Render random prompts and judge them; returns the shares of right answers and the misses."""
     rng = random.Random(seed)
     wanted = [random_prompt(rng) for _ in range(prompts)]
@@ -214,9 +218,7 @@ def main() -> int:
     parser.add_argument("--sampler", default="dpmpp_2m_karras")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mini_quality.json")
     args = parser.parse_args()
-    result = measure(
-        args.model or shipped_model(), args.prompts, args.seed, args.steps, args.guidance, args.sampler
-    )
+    result = measure(args.model or shipped_model(), args.prompts, args.seed, args.steps, args.guidance, args.sampler)
     for name in ("both_colours_right", "shape_right", "all_right"):
         print(f"{name:20} {result[name]:6.1%}")
     print(*[f"  miss: {miss}" for miss in result["misses"]], sep="\n")  # type: ignore[attr-defined]

@@ -66,7 +66,11 @@ class Runner:
         # One CPU generator per image makes every draw it will ever need: neither its neighbours nor the device can
         # change its noise. The order of the draws is the reference's: sample of the init image, noise, then steps.
         row.generator = torch.Generator("cpu").manual_seed(request.seed)
-        shape = (model.vae.config.latent_channels, row.lane.height // model.vae.config.factor, row.lane.width // model.vae.config.factor)
+        shape = (
+            model.vae.config.latent_channels,
+            row.lane.height // model.vae.config.factor,
+            row.lane.width // model.vae.config.factor,
+        )
         if request.init_image is None:
             start_CHW = _draw(row, shape, model.device) * table.init_noise_scale
         else:
@@ -108,7 +112,9 @@ class Runner:
         pixels_BCHW = model.vae.decode(latents_BCHW).float().cpu()
         for row, pixels_CHW in zip(rows, pixels_BCHW, strict=True):
             if not bool(pixels_CHW.isfinite().all()):
-                row.error = NonFinite(f"the picture is not finite after {row.step} steps: try float32, or less guidance")
+                row.error = NonFinite(
+                    f"the picture is not finite after {row.step} steps: try float32, or less guidance"
+                )
         images = (pixels_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().nan_to_num().to(torch.uint8)
         return {row.id: image.numpy() for row, image in zip(rows, images, strict=True) if row.error is None}
 
@@ -142,11 +148,11 @@ def _columns(rows: Sequence[Row], device: torch.device) -> Tensor:
 def _guidance_index(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How B rows spread over U U-Net rows: U -> row; row -> its first and its last U-Net row, and its guidance.
 
-        rows      guided   unguided   guided
-        U         0  1     2          3  4       (without the prompt first, then with it)
-        source    0  0     1          2  2
-        first     0        2          3
-        last         1     2             4
+    rows      guided   unguided   guided
+    U         0  1     2          3  4       (without the prompt first, then with it)
+    source    0  0     1          2  2
+    first     0        2          3
+    last         1     2             4
     """
     counts = [row.unet_rows for row in rows]
     source = [b for b, n in enumerate(counts) for _ in range(n)]

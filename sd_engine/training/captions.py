@@ -112,7 +112,7 @@ def train_text_encoder(encoder: ClipTextEncoder, tokenizer: Tokenizer, steps: in
         wanted = torch.tensor([answers(scene) for scene in scenes])
         loss, right = _judge(logits_BTK, ids_BT == end_id, wanted)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return right
 

@@ -13,7 +13,9 @@ import click
 @click.option("--out", type=click.Path(path_type=Path), default=Path("train-mini"), show_default=True,
               help="Folder of checkpoints, logs and the finished model.")  # fmt: skip
 @click.option("--vae-steps", type=click.IntRange(min=1), default=None, help="Steps of the VAE (default: the recipe's).")
-@click.option("--unet-steps", type=click.IntRange(min=1), default=None, help="Steps of the U-Net (default: the recipe's).")
+@click.option(
+    "--unet-steps", type=click.IntRange(min=1), default=None, help="Steps of the U-Net (default: the recipe's)."
+)
 @click.option("--pictures", type=click.IntRange(min=160), default=None, help="Pictures to learn from.")
 @click.option("--fresh", is_flag=True, help="Forget what is in --out instead of resuming.")
 def train_mini(out: Path, vae_steps: int | None, unet_steps: int | None, pictures: int | None, fresh: bool) -> None:

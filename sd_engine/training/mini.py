@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +25,7 @@ TEXT_WIDTH: Final = 128
 VAE: Final = VaeConfig(channels=(24, 48, 96, 128), blocks_per_level=1, norm_groups=8)
 UNET: Final = UNetConfig(
     channels=(64, 128, 160),
-    attention=(False, True, False),  # at 12 x 12 it took a third of a step's time; the colours and shapes do without
+    attention=(False, True, False),  # at 12 x 12 it took a third of a step's time, and shapes do without
     heads=(4, 4, 4),
     blocks_per_level=1,
     context_width=TEXT_WIDTH,
@@ -41,9 +41,9 @@ SCHEDULE: Final = NoiseSchedule(beta_end=0.03, prediction="v_prediction", spacin
 class MiniRecipe:
     """The lengths of all stages; the defaults made the model that is shipped."""
 
-    vae: VaeRecipe = VaeRecipe()
+    vae: VaeRecipe = field(default_factory=VaeRecipe)
     text_steps: int = 500
-    unet: UNetRecipe = UNetRecipe()
+    unet: UNetRecipe = field(default_factory=UNetRecipe)
 
 
 Say = Callable[[str], None]

@@ -53,7 +53,9 @@ class Latents:
 
 
 @torch.no_grad()
-def encode_pictures(vae: Vae, tokenizer: Tokenizer, recipe: UNetRecipe, progress: Callable[[int], None]) -> list[Latents]:
+def encode_pictures(
+    vae: Vae, tokenizer: Tokenizer, recipe: UNetRecipe, progress: Callable[[int], None]
+) -> list[Latents]:
     """Draw and encode the whole training set, once: encoding again at each step would cost a quarter of the time."""
     rng = random.Random(recipe.seed)
     return [_encode_size(vae, tokenizer, recipe, rng, size, progress) for size in recipe.sizes]
@@ -117,7 +119,9 @@ class Trainee(nn.Module):
         return F.mse_loss(self.unet(x_BCHW, t_B, self.text_encoder(ids_BT)), velocity_BCHW)
 
 
-def batches(sets: list[Latents], scale: float, recipe: UNetRecipe, empty: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    sets: list[Latents], scale: float, recipe: UNetRecipe, empty: Tensor, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (scaled latents, caption ids) batches, each of one size; some captions are dropped for guidance."""
     generator = torch.Generator().manual_seed(seed)
     shares = torch.tensor([latents.share for latents in sets])
@@ -130,7 +134,9 @@ def batches(sets: list[Latents], scale: float, recipe: UNetRecipe, empty: Tensor
         yield (chosen.mean[pick] + chosen.deviation[pick] * noise) * scale, ids
 
 
-def train_unet(trainee: Trainee, sets: list[Latents], scale: float, empty: Tensor, recipe: UNetRecipe, folder: Path) -> Trainee:
+def train_unet(
+    trainee: Trainee, sets: list[Latents], scale: float, empty: Tensor, recipe: UNetRecipe, folder: Path
+) -> Trainee:
     """Train (or resume from `folder/unet.pt`); returns the averaged model. Appends to `folder/unet.log.jsonl`."""
     torch.manual_seed(recipe.seed)
     groups: list[dict[str, Any]] = [
@@ -154,13 +160,17 @@ def train_unet(trainee: Trainee, sets: list[Latents], scale: float, empty: Tenso
         t_B = torch.randint(len(trainee.alphas), (len(z_BCHW),))  # type: ignore[arg-type]
         loss = trainee.loss(z_BCHW, ids_BT, t_B, torch.randn_like(z_BCHW))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         _average(average, trainee, min(recipe.ema, (step + 1) / (step + 10)))
         losses.append(loss.item())
         if step % 50 == 49 or step == recipe.steps - 1:
-            line = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.monotonic() - started, 1)}
+            line = {
+                "step": step + 1,
+                "loss": sum(losses) / len(losses),
+                "seconds": round(time.monotonic() - started, 1),
+            }
             losses = []
             with (folder / "unet.log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")

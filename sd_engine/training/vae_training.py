@@ -102,7 +102,7 @@ def train_vae(config: VaeConfig, recipe: VaeRecipe, folder: Path) -> Vae:
         kl = 0.5 * (mean.square() + deviation.square() - 1 - 2 * deviation.log()).mean()
         loss = reconstruction_loss(x, y) + recipe.kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -115,7 +115,12 @@ def train_vae(config: VaeConfig, recipe: VaeRecipe, folder: Path) -> Vae:
             with (folder / "vae.log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
         if step % 250 == 249 or step == recipe.steps - 1:
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
+            state = {
+                "model": vae.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": step + 1,
+            }
             torch.save(state, checkpoint)
     vae.load_state_dict(average)
     return vae.eval()

@@ -137,7 +137,9 @@ def test_neighbours_never_change_an_images_noise(model: Model) -> None:
     assert torch.equal(by_itself, together[0])
 
 
-def test_a_row_that_cannot_be_stepped_fails_alone(model: Model, alone: list[Pixels], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_stepped_fails_alone(
+    model: Model, alone: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(model)
     ids = [engine.add(request) for request in POOL[:5]]
     rows = engine.packer.admit()
@@ -165,4 +167,3 @@ def test_a_picture_that_is_not_finite_fails_alone(model: Model) -> None:
         endings |= {finished.id: finished for finished in engine.step()}
     assert [endings[id].error is None for id in ids] == [True, False, True]
     assert "finite" in str(endings[ids[1]].error)
-

@@ -72,9 +72,7 @@ def test_txt2img_is_the_references_picture(
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="np",
     ).images[0]
-    request = Request(
-        PROMPT, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE, sampler=sampler
-    )
+    request = Request(PROMPT, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE, sampler=sampler)
     assert difference(engine.render([request])[0], theirs) <= TOLERANCE
 
 
@@ -94,9 +92,7 @@ def test_img2img_is_the_references_picture(
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="np",
     ).images[0]
-    request = Request(
-        PROMPT, seed=SEED, steps=STEPS, guidance=GUIDANCE, sampler=sampler, init_image=init, strength=0.6
-    )
+    request = Request(PROMPT, seed=SEED, steps=STEPS, guidance=GUIDANCE, sampler=sampler, init_image=init, strength=0.6)
     assert difference(engine.render([request])[0], theirs) <= TOLERANCE
 
 
