@@ -1,0 +1,96 @@
+"""Original (LDM) names for the tensors of a diffusers model: the way back, written apart from `keymaps.py`.
+
+That the names are right, not only the inverse of our own, is held by the reference's converter in test_keymaps.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_UNET_FIXED = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def unet_name(key: str, blocks: int, attention: tuple[bool, ...]) -> str:
+    """The original name, prefix and all; `blocks` per level on the way down, `attention` per level, finest first."""
+    for ours, theirs in _UNET_FIXED.items():
+        if key.startswith(ours + "."):
+            return _unet_inner(f"{theirs}.{key.removeprefix(ours + '.')}")
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
+    assert match is not None, key
+    way, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if kind == "downsamplers":
+        return f"model.diffusion_model.input_blocks.{(level + 1) * (blocks + 1)}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        place = 2 if attention[::-1][level] else 1
+        return f"model.diffusion_model.output_blocks.{level * (blocks + 1) + blocks}.{place}.{rest}"
+    place = 0 if kind == "resnets" else 1
+    first = 1 if way == "down" else 0
+    way = "input" if way == "down" else "output"
+    return _unet_inner(f"{way}_blocks.{first + level * (blocks + 1) + i}.{place}.{rest}")
+
+
+def _unet_inner(key: str) -> str:
+    # The names of a residual block's layers occur nowhere else as the last part but in a transformer's norms.
+    for ours, theirs in _UNET_RESNET.items():
+        if "transformer_blocks" not in key:
+            key = key.replace(f".{ours}.", f".{theirs}.")
+    return f"model.diffusion_model.{key}"
+
+
+def vae_name(key: str, levels: int) -> str:
+    """The original name, prefix and all."""
+    key = re.sub(r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block.", key)
+    key = re.sub(r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample.", key)
+    for level in range(levels):
+        key = key.replace(f"up_blocks.{level}.resnets.", f"up.{levels - 1 - level}.block.")
+        key = key.replace(f"up_blocks.{level}.upsamplers.0.", f"up.{levels - 1 - level}.upsample.")
+    for ours, theirs in _VAE_ATTENTION.items():
+        key = key.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
+    key = key.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+    key = key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    return f"first_stage_model.{key}"
+
+
+def text_name(key: str) -> str:
+    """The original name, prefix and all: that of transformers 4."""
+    return f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"
+
+
+def checkpoint(
+    text: Mapping[str, Tensor],
+    unet: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    *,
+    blocks: int = 2,
+    attention: tuple[bool, ...] = (True, True, True, False),
+    levels: int = 4,
+) -> dict[str, Tensor]:
+    """One original checkpoint of a diffusers model's state dictionaries; the defaults are SD 1.x's."""
+    tensors = {text_name(key): tensor for key, tensor in text.items()}
+    tensors |= {unet_name(key, blocks, attention): tensor for key, tensor in unet.items()}
+    for key, tensor in vae.items():
+        name = vae_name(key, levels)
+        convolution = ".attn_1." in name and tensor.ndim == 2
+        tensors[name] = tensor[:, :, None, None] if convolution else tensor
+    return tensors
