@@ -149,7 +149,8 @@ def see(image: Pixels) -> Seen:
     # Half-way between background and thing is the edge; the thing's distance is that of the clearest tenth.
     threshold = max(40.0, 0.5 * float(np.quantile(away, 0.97)))
     thing = _largest_part(away > threshold)
-    if thing.sum() < 20:
+    # A speck is no thing, and what fills the picture (noise does) is none either: large ones cover less than half.
+    if thing.sum() < 20 or thing.mean() > 0.6:
         return Seen(nearest_colour(background), "nothing", "nothing", 0.0)
     colour = nearest_colour(np.median(pixels[thing & (away > np.median(away[thing]) * 0.8)], axis=0))
     boxed = _boxed(thing)

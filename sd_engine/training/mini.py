@@ -46,6 +46,13 @@ class MiniRecipe:
     unet: UNetRecipe = field(default_factory=UNetRecipe)
 
 
+def text_config(vocab_size: int) -> ClipConfig:
+    """The text encoder's configuration, for a tokenizer of this many ids."""
+    return ClipConfig(
+        vocab_size=vocab_size, width=TEXT_WIDTH, mlp_width=4 * TEXT_WIDTH, layers=2, heads=4, max_tokens=MAX_TOKENS
+    )
+
+
 Say = Callable[[str], None]
 
 
@@ -69,11 +76,8 @@ def train_mini(folder: Path, recipe: MiniRecipe, say: Say) -> Path:
 
 
 def _text_encoder(folder: Path, recipe: MiniRecipe, tokenizer: Tokenizer, vocab_size: int, say: Say) -> ClipTextEncoder:
-    config = ClipConfig(
-        vocab_size=vocab_size, width=TEXT_WIDTH, mlp_width=4 * TEXT_WIDTH, layers=2, heads=4, max_tokens=MAX_TOKENS
-    )
     torch.manual_seed(recipe.unet.seed)
-    encoder, checkpoint = ClipTextEncoder(config), folder / "text.pt"
+    encoder, checkpoint = ClipTextEncoder(text_config(vocab_size)), folder / "text.pt"
     if checkpoint.exists():
         encoder.load_state_dict(torch.load(checkpoint, weights_only=True))
         return encoder

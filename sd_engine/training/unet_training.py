@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from sd_engine.layers import Attention, ResBlock
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.training.drawings import draw_scene_at_random, paint
-from sd_engine.training.vae_training import cosine_rate
+from sd_engine.training.loop import Notes, train
 from sd_engine.unet import SpatialTransformer, UNet
 from sd_engine.vae import Vae
 
@@ -29,10 +26,10 @@ from sd_engine.vae import Vae
 class UNetRecipe:
     """How the U-Net is trained. `sizes`: (height, width, share of the batches) in pixels."""
 
-    steps: int = 4500
+    steps: int = 3300
     batch: int = 32
     learning_rate: float = 1e-3
-    text_rate: float = 0.2
+    text_share: float = 0.2
     warmup: int = 200
     drop_caption: float = 0.1
     ema: float = 0.999
@@ -108,6 +105,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.schedule = schedule
         alphas = torch.from_numpy(np.asarray(schedule.alphas_cumprod, dtype=np.float32))
         self.register_buffer("alphas", alphas, persistent=False)
 
@@ -136,53 +134,13 @@ def batches(
 
 def train_unet(
     trainee: Trainee, sets: list[Latents], scale: float, empty: Tensor, recipe: UNetRecipe, folder: Path
-) -> Trainee:
-    """Train (or resume from `folder/unet.pt`); returns the averaged model. Appends to `folder/unet.log.jsonl`."""
-    torch.manual_seed(recipe.seed)
-    groups: list[dict[str, Any]] = [
-        {"params": list(trainee.unet.parameters()), "share": 1.0},
-        {"params": list(trainee.text_encoder.parameters()), "share": recipe.text_rate},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    average = {name: value.detach().clone() for name, value in trainee.state_dict().items()}
-    checkpoint, first = folder / "unet.pt", 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        trainee.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average, first = saved["average"], saved["step"]
-    stream = batches(sets, scale, recipe, empty, recipe.seed + first)
-    started, losses = time.monotonic(), []
-    for step in range(first, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * cosine_rate(step, recipe.steps, recipe.warmup, recipe.learning_rate)
-        z_BCHW, ids_BT = next(stream)
-        t_B = torch.randint(len(trainee.alphas), (len(z_BCHW),))  # type: ignore[arg-type]
-        loss = trainee.loss(z_BCHW, ids_BT, t_B, torch.randn_like(z_BCHW))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
-        _average(average, trainee, min(recipe.ema, (step + 1) / (step + 10)))
-        losses.append(loss.item())
-        if step % 50 == 49 or step == recipe.steps - 1:
-            line = {
-                "step": step + 1,
-                "loss": sum(losses) / len(losses),
-                "seconds": round(time.monotonic() - started, 1),
-            }
-            losses = []
-            with (folder / "unet.log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-        if step % 250 == 249 or step == recipe.steps - 1:
-            state = {"model": trainee.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save(state | {"step": step + 1}, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
-    trainee.load_state_dict(average)
-    return trainee.eval()
+) -> None:
+    """Train (or resume from `folder/unet.pt`), and leave the averaged weights. Appends to `folder/unet.log.jsonl`."""
 
+    def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Notes]:
+        z_BCHW, ids_BT = batch
+        t_B = torch.randint(trainee.schedule.train_steps, (len(z_BCHW),))
+        return trainee.loss(z_BCHW, ids_BT, t_B, torch.randn_like(z_BCHW)), {}
 
-@torch.no_grad()
-def _average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    for name, value in model.state_dict().items():
-        average[name].lerp_(value, 1 - decay)
+    shares = {trainee.unet: 1.0, trainee.text_encoder: recipe.text_share}
+    train("unet", trainee, shares, lambda seed: batches(sets, scale, recipe, empty, seed), loss_of, recipe, folder)
