@@ -67,9 +67,9 @@ class Runner:
         # change its noise. The order of the draws is the reference's: sample of the init image, noise, then steps.
         row.generator = torch.Generator("cpu").manual_seed(request.seed)
         shape = (
-            model.vae.config.latent_channels,
-            row.lane.height // model.vae.config.factor,
-            row.lane.width // model.vae.config.factor,
+            model.latent_channels,
+            row.lane.height // model.factor,
+            row.lane.width // model.factor,
         )
         if request.init_image is None:
             start_CHW = _draw(row, shape, model.device) * table.init_noise_scale

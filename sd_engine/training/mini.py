@@ -32,8 +32,8 @@ UNET: Final = UNetConfig(
     norm_groups=16,
     sample_size=12,
 )
-# Noisier at the end than Stable Diffusion's schedule: a 12 x 12 latent shows its mean colour through more noise than a
-# 64 x 64 one, and a model that was never shown pure noise would guess the background from the noise that it starts with.
+# Noisier at the end than Stable Diffusion's schedule: a 12 x 12 latent shows its mean colour through more noise than
+# a 64 x 64 one, and a model that never saw pure noise would guess the background from the noise it starts with.
 SCHEDULE: Final = NoiseSchedule(beta_end=0.03, prediction="v_prediction", spacing="trailing")
 
 
