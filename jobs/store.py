@@ -168,11 +168,14 @@ class Store:
                 self._end(connection, _running_under(job_id, token), State.failed, error=f"the stored spec: {error}")
                 return None
 
-    def heartbeat(self, worker_id: str, *, lease_s: float = 30.0) -> Beat:
-        """Extend every lease of this worker, in one statement."""
+    def heartbeat(self, worker_id: str, tokens: Collection[UUID], *, lease_s: float = 30.0) -> Beat:
+        """Extend this worker's leases of these tokens, in one statement.
+
+        A lease that the worker itself gave up is not among them: extended with the rest it would never expire.
+        """
         statement = (
             sa.update(job)
-            .where(job.c.worker_id == worker_id, _is(State.running))
+            .where(job.c.worker_id == worker_id, _is(State.running), job.c.lease_token.in_(list(tokens)))
             .values(lease_expires_at=db_now(lease_s))
             # The bare column: SQLite 3.40 answers "IS NOT NULL" in a RETURNING with true whatever the row holds.
             .returning(job.c.lease_token, job.c.cancel_requested_at)

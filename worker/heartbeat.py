@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat(Periodic):
-    """One statement per beat for all leases of the worker.
+    """One statement per beat for all leases that the worker holds.
 
     ``beat_s`` must be well below ``lease_s``: a third leaves room for two missed beats. Cancels are looked for every
     ``poll_s`` with a read that takes no lock.
@@ -59,7 +59,7 @@ class Heartbeat(Periodic):
         """Extend all leases now; interrupt what was lost or cancelled."""
         began = self._clock()  # before the statement: we must stop trusting a lease before the database does
         held = self._leases.held()
-        beat = self._store.heartbeat(self._worker_id, lease_s=self._lease_s)
+        beat = self._store.heartbeat(self._worker_id, held.keys(), lease_s=self._lease_s)
         self._leases.trust(beat.held | beat.cancelled, began)
         for token in beat.cancelled:
             self._leases.interrupt(token, CancelAsked("cancelled by request"))

@@ -137,10 +137,17 @@ def test_heartbeat_extends_what_is_held_and_tells_what_is_not(store: Store) -> N
     assert store.claim(lost.job_id, "worker-2") is not None
     store.cancel(wanted.job_id)
     assert store.cancel_requested("worker-1") == {wanted.token}
-    beat = store.heartbeat("worker-1")
+    beat = store.heartbeat("worker-1", [held.token, lost.token, wanted.token])
     assert beat == Beat(held=frozenset({held.token}), cancelled=frozenset({wanted.token}))
     assert store.sweep() == Sweep(0, 0, 0)
-    assert store.heartbeat("nobody").held == frozenset()
+    assert store.heartbeat("nobody", [held.token]).held == frozenset()
+
+
+def test_a_lease_that_its_worker_gave_up_expires_while_the_others_are_extended(store: Store) -> None:
+    kept, given_up = (claimed(store, lease_s=EXPIRED_S) for _ in range(2))
+    assert store.heartbeat("worker-1", [kept.token]).held == {kept.token}
+    assert store.sweep() == Sweep(requeued=1, failed=0)
+    assert (store.get(kept.job_id).state, store.get(given_up.job_id).state) == (State.running, State.queued)
 
 
 def test_a_failed_attempt_waits_and_comes_back(store: Store, end_waiting: Callable[[], None]) -> None:

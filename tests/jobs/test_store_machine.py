@@ -147,7 +147,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(expire=st.booleans())
     def heartbeat(self, expire: bool) -> None:
-        beat = self.store.heartbeat(WORKER, lease_s=-1.0 if expire else 3600.0)
+        tokens = [model.token for model in self.model.values() if model.token is not None]
+        beat = self.store.heartbeat(WORKER, tokens, lease_s=-1.0 if expire else 3600.0)
         running = [model for model in self.model.values() if model.state == State.running]
         assert beat.held == {model.token for model in running if not model.wanted}
         assert beat.cancelled == {model.token for model in running if model.wanted}

@@ -1,6 +1,6 @@
 """The heartbeat, with the real store: what it extends, what it interrupts, when it stops trusting itself."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from uuid import UUID
 
@@ -78,8 +78,8 @@ def test_a_job_that_somebody_else_ended_is_lost(world: World) -> None:
 
 def test_a_claim_made_during_a_beat_is_not_called_lost(world: World) -> None:
     class ClaimsMeanwhile(Store):
-        def heartbeat(self, worker_id: str, *, lease_s: float = 30.0) -> Beat:
-            beat = super().heartbeat(worker_id, lease_s=lease_s)
+        def heartbeat(self, worker_id: str, tokens: Collection[UUID], *, lease_s: float = 30.0) -> Beat:
+            beat = super().heartbeat(worker_id, tokens, lease_s=lease_s)
             world.claim()
             return beat
 
@@ -91,7 +91,7 @@ def test_a_claim_made_during_a_beat_is_not_called_lost(world: World) -> None:
 class Away(Store):
     """A database that does not answer."""
 
-    def heartbeat(self, worker_id: str, *, lease_s: float = 30.0) -> Beat:
+    def heartbeat(self, worker_id: str, tokens: Collection[UUID], *, lease_s: float = 30.0) -> Beat:
         raise ConnectionError("away")
 
     def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
@@ -121,6 +121,17 @@ def test_a_lease_that_ended_here_is_not_interrupted(world: World) -> None:
 
 
 def test_the_database_sees_one_statement_for_many_leases(world: World) -> None:
-    claims = [world.claim()[0] for _ in range(3)]
-    assert world.store.heartbeat(WORKER).held == {claim.token for claim in claims}
-    assert {world.store.get(claim.job_id).state for claim in claims} == {State.running}
+    tokens = {world.claim()[0].token for _ in range(3)}
+    assert world.store.heartbeat(WORKER, tokens).held == tokens
+
+
+def test_a_job_that_was_left_to_its_lease_is_not_kept_alive_by_its_neighbours(store: Store, world: World) -> None:
+    """The worker could not write its end (the database was away for a moment) and lives on."""
+    expired = Heartbeat(store, world.leases, WORKER, lease_s=-1, beat_s=10, poll_s=1, clock=world.clock)
+    world.claim()
+    expired.beat()
+    world.held.close()
+    neighbour, _ = world.claim()
+    world.heartbeat.beat()
+    assert store.sweep().requeued == 1
+    assert store.get(neighbour.job_id).state is State.running
