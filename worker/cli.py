@@ -7,17 +7,19 @@ needs it, so that help and usage errors answer at once and without the extra.
 import json
 import logging
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
 from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
+from worker import THIS_WORKER
 from worker.reasons import BrokerUnavailable
 
+MAX_SECONDS = 86400.0  # beyond a day it is a slip, and somewhere more than a clock can count
 USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
 #: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
 #: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
@@ -33,12 +35,18 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
 
 def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any]:
     return click.option(
-        f"--{name}-seconds", type=click.FloatRange(min=0.1), default=default, show_default=default is not None,
+        f"--{name}-seconds", type=click.FloatRange(min=0.1, max=MAX_SECONDS), default=default, show_default=default is not None,
         envvar=f"NIGHTSHIFT_{name.upper()}_SECONDS", help=text,
     )  # fmt: skip
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Examples:
+  nightshift worker
+  nightshift worker --device cuda:1 --concurrency 32
+  nightshift worker --device all --json          (one process per GPU)"""
+)
 @click.option(
     "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"
 )
@@ -62,6 +70,13 @@ def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any
 @click.pass_context
 def worker(context: click.Context, /, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
     """Render queued jobs until told to leave (SIGTERM or Ctrl-C)."""
+    lease_s, beat_s = options["lease_seconds"], options["heartbeat_seconds"]
+    if beat_s is not None and beat_s > lease_s / 2:
+        raise click.BadParameter(
+            f"{beat_s:g} s between two signs of life, of which a lease of {lease_s:g} s must survive a missed one; "
+            f"allowed: at most half of it, {lease_s / 2:g}",
+            param_hint="'--heartbeat-seconds'",
+        )
     with _told_in_a_sentence():
         from worker import logs
 
@@ -116,7 +131,7 @@ def _supervise(params: Mapping[str, Any]) -> int:
 
 def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
     """The same worker command for one device, as this interpreter runs it."""
-    command = [sys.executable, "-m", "worker", "--device", device]
+    command = [*THIS_WORKER, "--device", device]
     for name, value in params.items():
         flag = "--json" if name == "as_json" else "--" + name.replace("_", "-")
         if name == "device" or value is None or value is False:
@@ -125,7 +140,7 @@ def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
     return command
 
 
-@click.command()
+@click.command(epilog="\b\nExamples:\n  nightshift demo\n  nightshift demo --home /tmp/demo --json")
 @click.option(
     "--home",
     type=click.Path(file_okay=False, path_type=Path),
@@ -136,6 +151,9 @@ def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
 def demo(context: click.Context, /, home: Path | None, as_json: bool) -> None:
     """The main job in a minute: submit different jobs, render them together, store them, show them on one sheet."""
     with _told_in_a_sentence():
+        # The worker that needs torch is another process: its log would tell what is missing, one file away.
+        if find_spec("torch") is None:
+            raise ModuleNotFoundError("torch is not installed", name="torch")
         from worker.demo import new_home, run_demo
 
         # A killed demo must not leave its worker behind: SIGTERM ends it like Ctrl-C does, through its clean-up.
