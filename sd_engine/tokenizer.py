@@ -68,7 +68,8 @@ class Tokenizer:
         if len(self._warned) >= _WARNED_LIMIT:
             self._warned.clear()
         self._warned.add(prompt)
+        # Only counts: a prompt is its author's, a log is read by others.
         log.warning(
-            "prompt is %d tokens too long for the text encoder's %d; its end is not drawn: %.60r...",
-            dropped, self.max_tokens, prompt,
+            "a prompt of %d characters is %d tokens too long for the text encoder's %d; its end is not drawn",
+            len(prompt), dropped, self.max_tokens,
         )  # fmt: skip

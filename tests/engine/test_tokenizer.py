@@ -80,6 +80,7 @@ def test_a_prompt_that_is_cut_is_told_once_with_the_number_of_tokens(
         tokenizer.encode(["red " * (MAX_TOKENS + 3)])
     assert len(caplog.messages) == 1
     assert "5 tokens too long" in caplog.messages[0]
+    assert "red" not in caplog.messages[0], "a log is read by others than the prompt's author"
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
