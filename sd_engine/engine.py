@@ -31,7 +31,7 @@ class Engine:
         if not named:
             raise ValueError("models is empty: an engine needs at least one")
         self.models = named
-        self.packer = Packer(max_units or DEFAULT_MAX_UNITS)
+        self.packer = Packer(DEFAULT_MAX_UNITS if max_units is None else max_units)
         self.runner = Runner(named)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
@@ -44,6 +44,8 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Take a request in and return its id. Raises InvalidRequest, and then nothing was added."""
+        if not isinstance(request, Request):
+            raise InvalidRequest("request", type(request).__name__, "an sd_engine.Request", "Request(prompt)")
         model_name = request.model if request.model is not None else next(iter(self.models))
         if model_name not in self.models:
             raise InvalidRequest("model", model_name, "one of " + ", ".join(self.models))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_engine import SAMPLERS, Cancelled, Engine, Model, Request, load_model
+from sd_engine import SAMPLERS, Cancelled, Engine, InvalidRequest, Model, Request, load_model
 from tests.tiny_model import make_tiny_model
 
 Pixels = npt.NDArray[np.uint8]
@@ -167,3 +168,13 @@ def test_a_picture_that_is_not_finite_fails_alone(model: Model) -> None:
         endings |= {finished.id: finished for finished in engine.step()}
     assert [endings[id].error is None for id in ids] == [True, False, True]
     assert "finite" in str(endings[ids[1]].error)
+
+
+def test_what_is_no_request_is_refused_in_a_sentence(model: Model) -> None:
+    wrong: Any = "red cat"
+    engine = Engine(model)
+    with pytest.raises(InvalidRequest, match=r"request='str' is not allowed: an sd_engine.Request"):
+        engine.add(wrong)
+    assert engine.idle
+    with pytest.raises(ValueError, match="max_units=0"):
+        Engine(model, max_units=0)
