@@ -7,15 +7,14 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 from uuid import UUID
 
 from jobs import schema
 from jobs.bell import Bell
-from jobs.errors import JobNotFound, StorageError, WaitTimeout
-from jobs.inputs import store_input
+from jobs.errors import FieldError, InvalidSpec, JobNotFound, StorageError, WaitTimeout
+from jobs.inputs import Inputs, store_input
 from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
 from jobs.states import TERMINAL, State
@@ -72,24 +71,15 @@ class Client:
 
         `batch` names a set to which they are added. Raises InvalidSpec, StorageError.
         """
-        ready = self._with_inputs([_as_spec(spec, {}) for spec in specs])
+        if isinstance(specs, str | Mapping | JobSpec):  # each is iterable: its letters or fields would be the jobs
+            raise InvalidSpec(
+                FieldError("specs", f"is one {type(specs).__name__}; give a list of specs, or use submit")
+            )
+        inputs = Inputs(self.store_input)
+        ready = [inputs.stored(_as_spec(spec, {})) for spec in specs]
         views = self._store.submit(ready, batch=batch, idempotency_keys=idempotency_keys, rung=self._bell.rings)
         self._ring(view for view in views if view.state == State.queued)
         return views
-
-    def _with_inputs(self, specs: Sequence[JobSpec]) -> list[JobSpec]:
-        """The specs with every init image stored; one file that many jobs name is read once."""
-        stored: dict[tuple[bytes | Path | None, bool], JobSpec] = {}
-        ready = []
-        for spec in specs:
-            if spec.init_image is not None:
-                # Without a size of its own a job takes the picture's, which then must be in range.
-                source = (spec.init_image, None in (spec.width, spec.height))
-                if source not in stored:
-                    stored[source] = store_input(spec, self._storage)
-                spec = spec.model_copy(update={"init_image": stored[source].init_image})
-            ready.append(spec)
-        return ready
 
     def store_input(self, spec: JobSpec) -> JobSpec:
         """The spec with its init image checked and stored; submitting it later reads no file.
@@ -101,7 +91,7 @@ class Client:
     def _ring(self, views: Iterable[JobView]) -> None:
         self._bell.ring(Due(view.id, view.spec.model, view.spec.priority) for view in views)
 
-    def get(self, job_id: UUID | str) -> JobView:
+    def get(self, job_id: UUID | str | JobView) -> JobView:
         """The job as it is now. Raises JobNotFound."""
         return self._store.get(as_id(job_id))
 
@@ -137,7 +127,7 @@ class Client:
         """
         if isinstance(jobs, (UUID, str, JobView)):
             return self.wait([jobs], timeout)[0]
-        ids = [job.id if isinstance(job, JobView) else as_id(job) for job in jobs]
+        ids = [as_id(job) for job in jobs]
         self._wait_for(ids, timeout)
         views = {view.id: view for some in _slices(ids) for view in self.jobs(ids=some)}
         return [views[job_id] for job_id in ids]
@@ -158,34 +148,36 @@ class Client:
             pause.wait(min(look_s, left_s))
             look_s = min(RARE_LOOK_S, look_s * 1.5)
 
-    def cancel(self, job_id: UUID | str) -> State:
+    def cancel(self, job_id: UUID | str | JobView) -> State:
         """Cancel a queued job, or ask the worker of a running one to stop; the state it is in now.
 
         Raises JobNotFound, or JobConflict when the job has ended.
         """
         return self._store.cancel(as_id(job_id))
 
-    def retry(self, job_id: UUID | str) -> None:
+    def retry(self, job_id: UUID | str | JobView) -> None:
         """Put a failed job back into the queue. Raises JobNotFound, or JobConflict for any other state."""
         self._store.retry(as_id(job_id))
         self._ring([self.get(job_id)])
 
-    def image_bytes(self, job_id: UUID | str, index: int = 0) -> bytes:
+    def image_bytes(self, job_id: UUID | str | JobView, index: int = 0) -> bytes:
         """The PNG of one image. Raises JobNotFound when there is none (yet), StorageError."""
         found = {image.index: image for image in self.get(job_id).images}.get(index)
         if found is None:
-            raise JobNotFound(f"job {job_id} has no image {index}")
+            raise JobNotFound(f"job {as_id(job_id)} has no image {index}")
         data = self._storage.get(found.key)
         if hashlib.sha256(data).hexdigest() != found.sha256:
-            raise StorageError(f"image {index} of job {job_id} is not what the worker stored (its sha256 differs)")
+            raise StorageError(
+                f"image {index} of job {as_id(job_id)} is not what the worker stored (its sha256 differs)"
+            )
         return data
 
-    def image_url(self, job_id: UUID | str, index: int = 0) -> str:
+    def image_url(self, job_id: UUID | str | JobView, index: int = 0) -> str:
         """Where the image is: file:///... or s3://... Raises JobNotFound when there is none (yet)."""
         for image in self.get(job_id).images:
             if image.index == index:
                 return self._storage.url(image.key)
-        raise JobNotFound(f"job {job_id} has no image {index}")
+        raise JobNotFound(f"job {as_id(job_id)} has no image {index}")
 
     def close(self) -> None:
         """Close the connections to database and broker."""
@@ -222,14 +214,14 @@ class Batch:
         return self._client.wait([view.id for view in self.jobs()], timeout)
 
 
-def as_id(text: UUID | str) -> UUID:
-    """The job id of this text. Raises JobNotFound: what is no id names no job."""
-    if isinstance(text, UUID):
-        return text
+def as_id(job: UUID | str | JobView) -> UUID:
+    """The id of this job. Raises JobNotFound: what is no id names no job."""
+    if isinstance(job, JobView):
+        return job.id
     try:
-        return UUID(text)
+        return job if isinstance(job, UUID) else UUID(str(job))
     except ValueError:
-        raise JobNotFound(f"{text[:60]!r} is no job id; an id looks like {UUID(int=7 << 76 | 1 << 63)}") from None
+        raise JobNotFound(f"{str(job)[:60]!r} is no job id; an id looks like {UUID(int=7 << 76 | 1 << 63)}") from None
 
 
 def _as_spec(spec: Submittable | None, fields: Mapping[str, Any]) -> JobSpec:
@@ -237,6 +229,8 @@ def _as_spec(spec: Submittable | None, fields: Mapping[str, Any]) -> JobSpec:
         return read_spec({**spec.model_dump(), **fields}) if fields else spec
     if isinstance(spec, str):
         return read_spec({"prompt": spec, **fields})
+    if spec is not None and not isinstance(spec, Mapping):
+        raise InvalidSpec(FieldError("spec", f"is {type(spec).__name__}; give a JobSpec, its fields, or a prompt"))
     return read_spec({**(spec or {}), **fields})
 
 

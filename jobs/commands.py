@@ -14,7 +14,8 @@ from jobs import schema
 from jobs.bulkfile import Row, read_bulk
 from jobs.client import Client, as_id
 from jobs.db import open_engines
-from jobs.errors import InvalidSpec
+from jobs.errors import BadFile, InvalidSpec
+from jobs.inputs import Inputs
 from jobs.models import SCHEMA_REVISION
 from jobs.options import (
     as_json,
@@ -36,7 +37,8 @@ SHOWN_ERRORS = 50
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False))
+    # ASCII alone: whatever the terminal's encoding, and whatever stands in a bad row, the reader gets it whole.
+    click.echo(json.dumps(value))
 
 
 @click.command(
@@ -104,6 +106,8 @@ def bulk(
     read_spec(from_words({"prompt": "-", "init_image": "-", **defaults}), from_text=True)  # the options' own mistakes
     with Client() as client:
         rows = _stored(client, _read(file, defaults))
+        if not rows:
+            raise BadFile(f"{file}: has no rows")
         bad = [row for row in rows if row.errors]
         specs = [row.spec for row in rows if row.spec is not None]
         refused = bool(bad) and (not skip_invalid or not specs)
@@ -124,11 +128,11 @@ def _read(file: Path, defaults: dict[str, str]) -> list[Row]:
 
 def _stored(client: Client, rows: Sequence[Row]) -> list[Row]:
     """The rows with their init images stored; a picture that cannot be used makes its row bad."""
-    checked = []
+    inputs, checked = Inputs(client.store_input), []
     for row in rows:
         if row.spec is not None and row.spec.init_image is not None:
             try:
-                row = Row(row.line, client.store_input(row.spec))
+                row = Row(row.line, inputs.stored(row.spec))
             except InvalidSpec as error:
                 row = Row(row.line, None, error.errors)
         checked.append(row)

@@ -106,6 +106,7 @@ def open_engines(database_url: str) -> Engines:
         engine = sa.create_engine(
             url,
             pool_pre_ping=True,
+            hide_parameters=True,
             connect_args={
                 "connect_timeout": 5,
                 "options": "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
@@ -127,10 +128,11 @@ def _sqlite_engines(url: URL) -> Engines:
         url,
         pool_size=1,
         max_overflow=0,
+        hide_parameters=True,  # an error's text goes to logs, and the parameters of an INSERT are prompts
         pool_timeout=POOL_TIMEOUT_S,
         connect_args={"timeout": BUSY_TIMEOUT_S},
     )
-    reader = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    reader = sa.create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
     sa.event.listen(writer, "connect", _set_up_sqlite)
     sa.event.listen(reader, "connect", _set_up_sqlite)
     # IMMEDIATE takes the write lock at once. A transaction that reads first and upgrades later fails with

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -37,6 +38,33 @@ def store_input(spec: JobSpec, storage: Storage) -> JobSpec:
     if not storage.exists(key):
         storage.put(key, data, content_type)
     return spec.model_copy(update={"init_image": key})
+
+
+class Inputs:
+    """Stores the init images of many specs through `store`; a picture that many of them name is looked at once."""
+
+    def __init__(self, store: Callable[[JobSpec], JobSpec]) -> None:
+        self._store = store
+        self._seen: dict[tuple[bytes | Path | None, bool], JobSpec | InvalidSpec] = {}
+
+    def stored(self, spec: JobSpec) -> JobSpec:
+        """The spec with its init image stored. Raises as `store` does."""
+        if spec.init_image is None:
+            return spec
+        # Without a size of its own a job takes the picture's, which then must be in range.
+        source = (spec.init_image, None in (spec.width, spec.height))
+        if source not in self._seen:
+            self._seen[source] = self._outcome(spec)
+        found = self._seen[source]
+        if isinstance(found, InvalidSpec):
+            raise found
+        return spec.model_copy(update={"init_image": found.init_image})
+
+    def _outcome(self, spec: JobSpec) -> JobSpec | InvalidSpec:
+        try:
+            return self._store(spec)
+        except InvalidSpec as error:
+            return error
 
 
 def check_image(data: bytes, spec: JobSpec) -> tuple[str, str]:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import sqlalchemy as sa
 from platformdirs import user_data_path
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import SettingsError
+from jobs.spec import ALLOWED, MODEL_NAME
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")
 ModelPath = Path | Literal["shipped"]
 
 
-def _in_home(name: str, prefix: str) -> Any:
-    return lambda data: f"{prefix}{data['home'] / name}"
+def database_in(home: Path) -> str:
+    """The URL of the embedded database in this data directory, whatever characters are in its name."""
+    return sa.URL.create("sqlite", database=str(home / "nightshift.db")).render_as_string(hide_password=False)
+
+
+def storage_in(home: Path) -> str:
+    """The URL of the embedded storage in this data directory."""
+    return (home / "storage").as_uri()
 
 
 def _shipped_model() -> dict[str, ModelPath]:
@@ -39,7 +48,7 @@ class Settings(BaseSettings):
         description="data directory of the embedded default; made when missing",
     )
     database_url: str = Field(
-        default_factory=_in_home("nightshift.db", "sqlite:///"),
+        default_factory=lambda data: database_in(data["home"]),
         repr=False,
         description="SQLAlchemy URL: sqlite:////dir/nightshift.db or postgresql://user:password@host/name",
     )
@@ -49,7 +58,7 @@ class Settings(BaseSettings):
         description="Celery broker: redis://host:6379/0, rediss://..., or memory:// (the worker looks by itself)",
     )
     storage_url: str = Field(
-        default_factory=_in_home("storage", "file://"),
+        default_factory=lambda data: storage_in(data["home"]),
         repr=False,
         description="file:///dir or s3://bucket/prefix; credentials and endpoint by boto3's own variables (AWS_...)",
     )
@@ -92,6 +101,8 @@ class Settings(BaseSettings):
         models = {name.strip(): path.strip() for name, found, path in (pair.partition("=") for pair in pairs) if found}
         if len(models) != len(pairs) or not all(models) or not all(models.values()):
             raise ValueError("is no list of distinct name=path, separated by commas")
+        if not all(re.fullmatch(MODEL_NAME, name) for name in models):
+            raise ValueError(f"has a name that no job can ask for; allowed: {ALLOWED['model']}")
         return models
 
     @property

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     WrapSerializer,
@@ -57,6 +58,7 @@ ALLOWED: Mapping[str, str] = {
     "priority": "a whole number from 0 to 9 (9 is the most urgent)",
 }
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _INPUT_KEY = re.compile(r"inputs/[0-9a-f]{64}\.(png|jpg|webp)")
 _BLANKS = str.maketrans("\t\n\r", "   ")
 
@@ -104,8 +106,8 @@ ImageSource = Annotated[Any, BeforeValidator(_read_image_source), WrapSerializer
 class JobSpec(BaseModel):
     """What to render. Frozen; unknown fields are refused.
 
-    Image number i of `images` takes the seed `seed + i`. Raises pydantic's ValidationError; `read_spec` gives
-    the same as InvalidSpec.
+    Image number i of `images` takes the seed `seed + i`. Raises pydantic's ValidationError, which names every bad
+    field, its value and what is allowed; `read_spec` gives the same as InvalidSpec.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -121,7 +123,7 @@ class JobSpec(BaseModel):
     images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     init_image: ImageSource = None
     strength: Annotated[float, Field(gt=0, le=1)] = DEFAULT_STRENGTH
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\z")] = "nightshift-mini"
+    model: Annotated[str, Field(pattern=rf"^{MODEL_NAME}\z")] = "nightshift-mini"
     priority: Annotated[int, Field(ge=0, le=9)] = 0
 
     @model_validator(mode="after")
@@ -130,6 +132,14 @@ class JobSpec(BaseModel):
             if complaint:
                 raise ValueError(complaint)
         return self
+
+    @model_validator(mode="wrap")  # the last of the validators, so that it sees what all of them complain of
+    @classmethod
+    def _in_our_words(cls, value: object, validate: ModelWrapValidatorHandler[JobSpec]) -> JobSpec:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise InvalidSpec(*describe_errors(error)) from None
 
     @property
     def input_key(self) -> str | None:
@@ -187,8 +197,9 @@ def describe_errors(error: ValidationError) -> tuple[FieldError, ...]:
     """One entry per bad field: the field, the value that came and what is allowed."""
     found: dict[str, FieldError] = {}
     for details in error.errors(include_url=False):
-        one = _describe(details)
-        found.setdefault(one.field or one.message, one)
+        told = details.get("ctx", {}).get("error")
+        for one in told.errors if isinstance(told, InvalidSpec) else (_describe(details),):
+            found.setdefault(one.field or one.message, one)
     return tuple(found.values())
 
 

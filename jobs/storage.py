@@ -116,21 +116,25 @@ class DirStorage:
         path = self._path(key)
         with _told(key):
             self._check_inside(path.parent, key)
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                return file.read()
+            try:
+                with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                    return file.read()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise KeyNotFound(f"the storage has no object {key}") from None
 
     def delete(self, key: str) -> None:
         """As Storage.delete."""
         path = self._path(key)
-        self._check_inside(path.parent, key)
         with _told(key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._check_inside(path.parent, key)
             path.unlink()
 
     def exists(self, key: str) -> bool:
         """As Storage.exists."""
         path = self._path(key)
-        self._check_inside(path.parent, key)
-        return path.is_file() and not path.is_symlink()
+        with _told(key):
+            self._check_inside(path.parent, key)
+            return path.is_file() and not path.is_symlink()
 
     def url(self, key: str) -> str:
         """The file's own URL."""
@@ -148,8 +152,6 @@ class DirStorage:
 def _told(key: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise KeyNotFound(f"the storage has no object {key}") from None
     except OSError as error:
         raise StorageError(f"the storage cannot reach {key}: {error.strerror}") from error
 

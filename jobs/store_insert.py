@@ -65,10 +65,12 @@ def ordered_ids(count: int, now_ms: int, rng: random.Random) -> Iterator[UUID]:
         yield UUID(int=now_ms << 80 | 7 << 76 | high << 64 | 0b10 << 62 | low << 48 | rng.getrandbits(48))
 
 
-def _check_name(field: str, name: str | None) -> None:
-    if name is not None and not (0 < len(name) <= MAX_NAME and name.isprintable()):
+def _check_name(field: str, name: object) -> None:
+    if name is not None and not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
         raise InvalidSpec(
-            FieldError(field, f"{name[:40]!r} is not allowed; allowed: 1 to {MAX_NAME} printable characters")
+            FieldError(
+                field, f"{str(name)[:40]!r} is not allowed; allowed: text of 1 to {MAX_NAME} printable characters"
+            )
         )
 
 

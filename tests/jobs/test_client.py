@@ -7,9 +7,11 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+import sqlalchemy as sa
 from PIL import Image
 
 from jobs import Client, InvalidSpec, JobConflict, JobNotFound, JobSpec, Settings, State, StorageError, WaitTimeout
@@ -159,3 +161,37 @@ def test_a_picture_is_stored_once_for_many_jobs(settings: Settings) -> None:
     spec = store_input(JobSpec(prompt="x", init_image=picture()), storage)
     assert spec == store_input(JobSpec(prompt="x", init_image=picture()), storage)
     assert len(list((settings.home / "storage" / "inputs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("one", ["star", {"prompt": "star"}, JobSpec(prompt="star")])
+def test_one_spec_is_not_taken_for_many(client: Client, one: Any) -> None:
+    with pytest.raises(InvalidSpec, match="give a list"):
+        client.submit_many(one)
+    assert not any(client.counts().values())
+
+
+def test_what_is_no_spec_no_name_and_no_id_is_told_in_a_sentence(client: Client) -> None:
+    wrong: Any = 5
+    with pytest.raises(InvalidSpec, match="spec: is int"):
+        client.submit(wrong)
+    with pytest.raises(InvalidSpec, match="batch: '5' is not allowed"):
+        client.submit_many(["a"], batch=wrong)
+    with pytest.raises(JobNotFound, match="'5' is no job id"):
+        client.get(wrong)
+
+
+def test_a_job_itself_is_as_good_as_its_id(client: Client) -> None:
+    job = client.submit("a")
+    with pytest.raises(JobNotFound, match=f"job {job.id} has no image 0"):
+        client.image_bytes(job)
+    assert client.cancel(client.get(job)) == State.cancelled
+
+
+def test_a_database_error_does_not_tell_the_prompt(client: Client) -> None:
+    engines = Store.open(client.settings.database_url).engines
+    with engines.writer.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE job RENAME TO elsewhere"))
+    engines.dispose()
+    with pytest.raises(sa.exc.OperationalError) as caught:
+        client.submit("a secret castle")
+    assert "secret" not in str(caught.value)

@@ -213,3 +213,16 @@ def test_an_entry_point_that_is_no_command_is_a_mistake_of_ours() -> None:
     with pytest.raises(TypeError, match="no click command"):
         cli.load(EntryPoint("x", "jobs.spec:JobSpec", cli.GROUP))
     assert isinstance(cli.load(POINTS[0]), click.Command)
+
+
+def test_a_file_with_a_header_alone_has_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,seed\n,\n")
+    result = run("bulk", str(tmp_path / "a.csv"), "--batch", "none")
+    assert (result.exit_code, "has no rows" in result.stderr) == (2, True)
+
+
+def test_json_is_ascii_whatever_stands_in_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "sampler": "é🎨"}\n')
+    result = run("bulk", str(tmp_path / "a.jsonl"), "--json")
+    assert result.stdout.isascii()
+    assert "é🎨" in json.loads(result.stdout)["invalid"][0]["errors"][0]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jobs.errors import InvalidSpec
-from jobs.inputs import MAX_BYTES, store_input
+from jobs.inputs import MAX_BYTES, Inputs, store_input
 from jobs.spec import JobSpec
 from jobs.storage import DirStorage
 
@@ -91,3 +91,20 @@ def test_a_path_that_cannot_be_read_is_told(storage: DirStorage, tmp_path: Path)
 def test_a_key_without_its_object_is_told(storage: DirStorage) -> None:
     with pytest.raises(InvalidSpec, match="not in the storage"):
         store_input(JobSpec(prompt="x", init_image=f"inputs/{'0' * 64}.png"), storage)
+
+
+def test_a_picture_that_many_specs_name_is_looked_at_once(storage: DirStorage, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(drawn())
+    looked: list[object] = []
+
+    def store(spec: JobSpec) -> JobSpec:
+        looked.append(spec.init_image)
+        return store_input(spec, storage)
+
+    inputs = Inputs(store)
+    assert {inputs.stored(JobSpec(prompt=text, init_image=good)).input_key for text in "abc"} != {None}
+    for _ in range(2):
+        with pytest.raises(InvalidSpec, match="cannot read"):
+            inputs.stored(JobSpec(prompt="x", init_image=bad))
+    assert looked == [good, bad]

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from jobs import Client
 from jobs.db import open_engines
 from jobs.errors import SettingsError
 from jobs.settings import Settings
+from tests.jobs.test_inputs import drawn
 
 
 def test_with_nothing_set_everything_is_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +45,15 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
     assert Settings().broker_url == "memory://"
 
 
+def test_everything_stays_in_the_home_whatever_it_is_called(tmp_path: Path) -> None:
+    home = tmp_path / "100% #mine? %41 ä b"
+    with Client(Settings(home=home)) as client:
+        job = client.submit("a star", init_image=drawn())
+    assert (home / "nightshift.db").is_file()
+    assert (home / "storage" / str(job.spec.init_image)).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [home.name]
+
+
 def test_the_home_is_for_its_owner_alone(settings: Settings) -> None:
     settings.make_home()
     assert settings.home.stat().st_mode & 0o077 == 0
@@ -58,6 +69,7 @@ def test_the_home_is_for_its_owner_alone(settings: Settings) -> None:
         ("models", "geheim", "name=path"),
         ("models", "a=geheim,a=y", "distinct"),
         ("models", "=geheim", "name=path"),
+        ("models", "a geheim=shipped", "no job can ask for"),
         ("home", 3, "NIGHTSHIFT_HOME"),
     ],
 )

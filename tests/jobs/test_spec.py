@@ -161,6 +161,13 @@ def test_written_numbers_are_read_only_when_asked_for() -> None:
         read_spec({"prompt": "x", "steps": "7.5"}, from_text=True)
 
 
+def test_a_spec_made_directly_tells_field_value_and_range_too() -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec(prompt="x", steps=0, sampler="plms", promt="y")
+    for words in ("steps: 0 is not allowed; allowed: a whole number from 1", "sampler: 'plms'", "did you mean prompt?"):
+        assert words in str(caught.value)
+
+
 def test_describe_errors_names_each_field_once() -> None:
     with pytest.raises(ValidationError) as caught:
         JobSpec(prompt="x", steps=0, width=7)

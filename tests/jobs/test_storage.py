@@ -191,3 +191,13 @@ def test_a_server_that_is_not_there_is_told(s3: Bucket, monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(StorageError, match="cannot be reached"):
         open_storage(s3.url).get(KEY)
+
+
+def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> None:
+    storage = DirStorage(tmp_path / "s")
+    (tmp_path / "s" / "images").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot reach images/a/0\.png") as caught:
+        storage.put("images/a/0.png", b"x", "image/png")
+    assert not isinstance(caught.value, KeyNotFound)
+    assert not storage.exists("images/a/0.png")
+    storage.delete("images/a/0.png")
