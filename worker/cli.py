@@ -35,8 +35,8 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
 
 def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any]:
     return click.option(
-        f"--{name}-seconds", type=click.FloatRange(min=0.1, max=MAX_SECONDS), default=default, show_default=default is not None,
-        envvar=f"NIGHTSHIFT_{name.upper()}_SECONDS", help=text,
+        f"--{name}-seconds", type=click.FloatRange(min=0.1, max=MAX_SECONDS), default=default,
+        show_default=default is not None, envvar=f"NIGHTSHIFT_{name.upper()}_SECONDS", help=text,
     )  # fmt: skip
 
 

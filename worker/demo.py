@@ -16,13 +16,15 @@ import click
 
 from jobs import Client, JobSpec, Settings, State
 from jobs.errors import NightshiftError
+from jobs.settings import database_in, storage_in
 from jobs.views import JobView
+from worker import THIS_WORKER
 from worker.sheet import Print, contact_sheet
 
 #: Seconds. Far above what two slow cores need; a demo that hangs helps nobody.
 PATIENCE_S = 600.0
 BATCH = "demo"
-WORKER_COMMAND = (sys.executable, "-m", "worker")
+WORKER_COMMAND = THIS_WORKER
 
 # (prompt, what differs from the defaults). The first picture is what the img2img jobs start from.
 FIRST: tuple[str, dict[str, Any]] = ("a large red star on a blue background", {"steps": 20, "guidance": 4.0})
@@ -88,9 +90,9 @@ def embedded(home: Path) -> Settings:
     home = home.absolute()
     return Settings(
         home=home,
-        database_url=f"sqlite:///{home / 'nightshift.db'}",
+        database_url=database_in(home),
         broker_url="memory://",
-        storage_url=f"file://{home / 'storage'}",
+        storage_url=storage_in(home),
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from kombu import Connection
 
@@ -30,9 +31,19 @@ def open_services(settings: Settings) -> Services:
     store = Store.open(settings.database_url)
     schema.ensure(store.engines)
     storage = open_storage(settings.storage_url)
-    storage.exists("nightshift/probe")  # a wrong bucket or key shows now, not after the first rendered job
+    probe_storage(storage)
     check_broker(settings.broker_url)
     return Services(store, storage)
+
+
+def probe_storage(storage: Storage) -> None:
+    """Put a small object and remove it: what a worker may not write shows now, not after the first rendered job.
+
+    Raises StorageError.
+    """
+    key = f"images/probe-{uuid4()}"
+    storage.put(key, b"", "application/octet-stream")
+    storage.delete(key)
 
 
 def check_broker(url: str) -> None:

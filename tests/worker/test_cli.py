@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from jobs import Settings
-from worker.cli import child_command, worker
+from jobs import Settings, StorageError
+from worker import THIS_WORKER
+from worker.cli import child_command, demo, worker
 from worker.logs import JsonFormatter
-from worker.preflight import shown_broker
+from worker.preflight import open_services, shown_broker
 from worker.process import worker_name
 
 
@@ -38,7 +40,7 @@ def test_a_child_of_the_supervisor_gets_the_same_options_and_one_device() -> Non
         "verbose": False,
     }
     command = child_command("cuda:1", params)
-    assert command[3:] == ["--device", "cuda:1", "--concurrency", "8", "--until-empty", "--json"]
+    assert command[4:] == ["--device", "cuda:1", "--concurrency", "8", "--until-empty", "--json"]
 
 
 def test_every_start_has_a_name_of_its_own() -> None:
@@ -82,3 +84,28 @@ def test_what_keeps_a_worker_from_starting_is_told_in_a_sentence(
     assert ended.returncode == code
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr and "hidden" not in ended.stderr
+
+
+def test_a_storage_that_cannot_be_written_keeps_a_worker_from_starting(settings: Settings) -> None:
+    settings.make_home()
+    (settings.home / "storage").mkdir()
+    (settings.home / "storage" / "images").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot reach images/probe-"):
+        open_services(settings)
+
+
+def test_a_heartbeat_slower_than_its_lease_is_refused() -> None:
+    answer = CliRunner().invoke(worker, ["--lease-seconds", "10", "--heartbeat-seconds", "6"])
+    assert answer.exit_code == 2
+    assert "--heartbeat-seconds" in answer.output and "at most half of it, 5" in answer.output
+
+
+@pytest.mark.parametrize("command", [worker, demo])
+def test_help_ends_with_an_example(command: click.Command) -> None:
+    assert f"nightshift {command.name}" in CliRunner().invoke(command, ["--help"]).output.partition("Example")[2]
+
+
+def test_a_folder_called_worker_where_somebody_stands_is_not_taken_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("raise SystemExit('a stranger')")
+    ended = subprocess.run([*THIS_WORKER, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
