@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -59,10 +60,11 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder, unet, vae = _text_encoder(), _unet(sample_size, linear_projection), _vae()
-    for i, module in enumerate((text_encoder, unet, vae)):
+    modules: tuple[nn.Module, ...] = (text_encoder, unet, vae)
+    for i, module in enumerate(modules):
         randomize(module, seed + i)
         nn.Module.to(module, dtype)
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
@@ -76,7 +78,7 @@ def make_tiny_model(
     return folder
 
 
-def _text_encoder() -> CLIPTextModel:
+def _text_encoder() -> Any:
     ids = vocabulary()
     return CLIPTextModel(
         CLIPTextConfig(
@@ -93,7 +95,7 @@ def _text_encoder() -> CLIPTextModel:
     )
 
 
-def _unet(sample_size: int, linear_projection: bool) -> UNet2DConditionModel:
+def _unet(sample_size: int, linear_projection: bool) -> Any:
     return UNet2DConditionModel(
         sample_size=sample_size,
         block_out_channels=(32, 64),
@@ -107,7 +109,7 @@ def _unet(sample_size: int, linear_projection: bool) -> UNet2DConditionModel:
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae() -> Any:
     channels = (16, 16, 32, 32)
     return AutoencoderKL(
         block_out_channels=channels,

@@ -135,8 +135,8 @@ def batches(
 def timesteps(count: int, train_steps: int) -> Tensor:
     """Timesteps to learn from: every second one uniform, the others mostly where shapes are decided.
 
-    The others are logit-normal (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1) around 0.4: above
-    0.7 only colours are left to tell, below 0.1 only edges, and half of the steps would go there.
+    The others are logit-normal (Esser et al. 2024, "Scaling Rectified Flow Transformers", section 3.1) around 0.4:
+    above 0.7 only colours are left to tell, below 0.1 only edges, and half of the steps would go there.
     """
     uniform, focused = torch.rand(count), torch.sigmoid(0.8 * torch.randn(count) - 0.4)
     share = torch.where(torch.arange(count) % 2 == 0, uniform, focused)

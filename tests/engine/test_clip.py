@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -16,14 +18,15 @@ from tests.tiny_model import randomize
 TOLERANCE = 1e-5
 
 
-def pair(activation: str, heads: int) -> tuple[CLIPTextModel, ClipTextEncoder]:
+def pair(activation: str, heads: int) -> tuple[Any, ClipTextEncoder]:
     """The reference and ours, with the same random weights."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=99, hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads,
         max_position_embeddings=77, hidden_act=activation, bos_token_id=97, eos_token_id=98, pad_token_id=98,
     )  # fmt: skip
-    reference = CLIPTextModel(config).eval()
+    reference: Any = CLIPTextModel(config)
+    reference.eval()
     randomize(reference, 1)
     with torch.device("meta"):
         ours = ClipTextEncoder(ClipConfig.from_dict(config.to_dict()))

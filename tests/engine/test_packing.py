@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_engine import SAMPLERS, Cancelled, Engine, InvalidRequest, Model, Request, load_model
+from sd_engine import SAMPLERS, Cancelled, Engine, Finished, InvalidRequest, Model, Request, load_model
 from tests.tiny_model import make_tiny_model
 
 Pixels = npt.NDArray[np.uint8]
@@ -146,7 +146,7 @@ def test_a_row_that_cannot_be_stepped_fails_alone(
     rows = engine.packer.admit()
     engine.runner.prepare(rows)
     rows[2].context = torch.zeros(2, 5, 7)  # of no use to the U-Net: the whole pack's call fails at first
-    endings = {}
+    endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
     assert endings[ids[2]].error is not None
@@ -163,7 +163,7 @@ def test_a_picture_that_is_not_finite_fails_alone(model: Model) -> None:
     engine.runner.prepare(rows)
     assert rows[1].latent is not None
     rows[1].latent = rows[1].latent * float("nan")
-    endings = {}
+    endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
     assert [endings[id].error is None for id in ids] == [True, False, True]

@@ -75,7 +75,7 @@ def test_a_request_is_frozen_and_keeps_its_own_copy_of_the_picture() -> None:
 
 def test_only_the_prompt_may_be_positional() -> None:
     with pytest.raises(TypeError):
-        Request("a cat", "a dog")  # type: ignore[misc]
+        Request("a cat", "a dog")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def reference_way(
         x = noise * scheduler.init_noise_sigma
     else:
         stage = SimpleNamespace(scheduler=scheduler)
-        timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(stage, steps, strength, "cpu")  # type: ignore[arg-type]
+        timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(stage, steps, strength, "cpu")
         x = scheduler.add_noise(latent, noise, timesteps[:1])
     draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     yield -1.0, x

@@ -15,7 +15,7 @@ from sd_engine.schedules import NoiseSchedule, karras_sigmas
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SPACINGS = ("leading", "trailing", "linspace")
-BETAS = {
+BETAS: dict[str, dict[str, Any]] = {
     "sd15": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "mini": {"beta_start": 0.00085, "beta_end": 0.03, "beta_schedule": "scaled_linear"},
     "linear": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},

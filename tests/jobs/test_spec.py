@@ -163,7 +163,7 @@ def test_written_numbers_are_read_only_when_asked_for() -> None:
 
 def test_a_spec_made_directly_tells_field_value_and_range_too() -> None:
     with pytest.raises(ValidationError) as caught:
-        JobSpec(prompt="x", steps=0, sampler="plms", promt="y")
+        JobSpec(prompt="x", steps=0, sampler="plms", promt="y")  # type: ignore[call-arg, arg-type]
     for words in ("steps: 0 is not allowed; allowed: a whole number from 1", "sampler: 'plms'", "did you mean prompt?"):
         assert words in str(caught.value)
 

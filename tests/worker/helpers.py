@@ -44,7 +44,7 @@ class Clock:
         return self.now
 
 
-def once(action: Callable[[], None]) -> Callable[[object], None]:
+def once(action: Callable[[], object]) -> Callable[[object], None]:
     """A ``before_step`` that acts on the first step only."""
     done: list[bool] = []
 

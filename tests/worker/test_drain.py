@@ -1,6 +1,7 @@
 """Leaving: the order of the steps, one drain for many signals, and the watchdog."""
 
 import threading
+from dataclasses import replace
 
 from tests.worker.helpers import PATIENCE_S, wait
 from worker.drain import Drain, DrainSteps
@@ -54,13 +55,8 @@ def test_a_process_that_hangs_is_ended_with_its_jobs_released() -> None:
 
 def test_a_database_that_hangs_does_not_hold_the_process() -> None:
     steps, never = Steps(), threading.Event()
-    drain = Drain(DrainSteps(**_with(steps, release_all=lambda: wait(never))), grace_s=0.2)
+    drain = Drain(replace(steps.as_steps(), release_all=lambda: wait(never)), grace_s=0.2)
     drain.start()
     drain.request("SIGTERM")
     wait(steps.exited)
     never.set()
-
-
-def _with(steps: Steps, **changed: object) -> dict[str, object]:
-    base = steps.as_steps()
-    return {name: getattr(base, name) for name in DrainSteps.__dataclass_fields__} | changed

@@ -161,7 +161,7 @@ def test_an_init_image_that_is_gone_or_broken_fails_at_once(world: World, store:
 def test_a_job_cancelled_while_it_is_drawn_ends_cancelled_and_leaves_no_object(store: Store, storage: Storage) -> None:
     job = submit(store, steps=2)
     # The request arrives in the middle; the heartbeat has not told us yet, so only the guarded finish can notice.
-    world = World(store, storage, fake_workshop(before_step=once(lambda: store.cancel(job.id) and None)))
+    world = World(store, storage, fake_workshop(before_step=once(lambda: store.cancel(job.id))))
     render(str(job.id), world.deps)
     world.close()
     assert store.get(job.id).state is State.cancelled
@@ -261,7 +261,7 @@ def test_when_the_database_never_answers_the_objects_stay(world: World, store: S
 
 def test_nothing_that_happens_inside_leaves_the_task(world: World, store: Store) -> None:
     class Away(Store):
-        def claim(self, *args: object, **options: object) -> None:  # type: ignore[override]
+        def claim(self, *args: object, **options: object) -> None:
             raise MemoryError
 
     render(str(submit(store).id), replace(world.deps, store=Away(store.engines)))
