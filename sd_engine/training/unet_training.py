@@ -26,7 +26,7 @@ from sd_engine.vae import Vae
 class UNetRecipe:
     """How the U-Net is trained. `sizes`: (height, width, share of the batches) in pixels."""
 
-    steps: int = 3600
+    steps: int = 5000
     batch: int = 32
     learning_rate: float = 1e-3
     text_share: float = 0.2
