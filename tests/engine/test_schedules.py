@@ -39,7 +39,7 @@ def test_alphas_are_the_references(betas: str) -> None:
 def test_timesteps_are_the_references(spacing: Any, steps: int) -> None:
     config = BETAS["sd15"] | {"timestep_spacing": spacing, "steps_offset": 1}
     schedule = NoiseSchedule.from_config(config)
-    kinds = {
+    kinds: dict[Any, Any] = {
         DDPMScheduler: schedule.timesteps(steps, default=spacing),
         EulerDiscreteScheduler: schedule.timesteps(steps, default=spacing, whole=False).astype(np.float32),
         DPMSolverMultistepScheduler: schedule.timesteps(steps, default=spacing, spare=1),
