@@ -57,6 +57,14 @@ class _State:
         self.average, self.step = saved["average"], saved["step"]
 
 
+def start_convolutions(model: nn.Module) -> None:
+    """Let every convolution keep the scale of what it is given (He et al. 2015), and add nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
 def cosine_rate(step: int, plan: Plan) -> float:
     """Linear warm-up to the peak, then a cosine to a hundredth of it."""
     if step < plan.warmup:

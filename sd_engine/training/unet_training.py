@@ -17,7 +17,7 @@ from sd_engine.layers import Attention, ResBlock
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.training.drawings import draw_scene_at_random, paint
-from sd_engine.training.loop import Notes, train
+from sd_engine.training.loop import Notes, start_convolutions, train
 from sd_engine.unet import SpatialTransformer, UNet
 from sd_engine.vae import Vae
 
@@ -83,10 +83,7 @@ def _encode_size(
 
 def initialise(unet: UNet) -> None:
     """Start every residual branch at zero and the output at zero, so that the first steps are not spent on noise."""
-    for module in unet.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    start_convolutions(unet)
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sd_engine.config import VaeConfig
 from sd_engine.layers import ResBlock
 from sd_engine.training.drawings import draw_scene_at_random, paint
-from sd_engine.training.loop import Notes, train
+from sd_engine.training.loop import Notes, start_convolutions, train
 from sd_engine.vae import Vae
 
 
@@ -54,10 +54,7 @@ def initialise(vae: Vae) -> None:
 
     With PyTorch's own start the picture hardly reaches the latents: 60 steps gave 13 dB, with this one 17 dB.
     """
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    start_convolutions(vae)
     for module in vae.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)
