@@ -21,7 +21,7 @@ import click
 def train_mini(out: Path, vae_steps: int | None, unet_steps: int | None, pictures: int | None, fresh: bool) -> None:
     """Train nightshift-mini on pictures that are drawn on the way. Resumes from --out after an interruption.
 
-    The recipe takes some two hours on two cores and leaves a diffusers folder in OUT/nightshift-mini.
+    The recipe takes hours on two cores and leaves a diffusers folder in OUT/nightshift-mini.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ SCHEDULE: Final = NoiseSchedule(beta_end=0.03, prediction="v_prediction", spacin
 
 @dataclass(frozen=True, slots=True)
 class MiniRecipe:
-    """The lengths of all stages; the defaults made the model that is shipped."""
+    """The lengths of all stages; `benchmarks/README.md` says how the shipped model's run differed."""
 
     vae: VaeRecipe = field(default_factory=VaeRecipe)
     text_steps: int = 500

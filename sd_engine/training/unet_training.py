@@ -53,7 +53,7 @@ class Latents:
 def encode_pictures(
     vae: Vae, tokenizer: Tokenizer, recipe: UNetRecipe, progress: Callable[[int], None]
 ) -> list[Latents]:
-    """Draw and encode the whole training set, once: encoding again at each step would cost a quarter of the time."""
+    """Draw and encode the whole training set, once, and not again at each step."""
     rng = random.Random(recipe.seed)
     return [_encode_size(vae, tokenizer, recipe, rng, size, progress) for size in recipe.sizes]
 
