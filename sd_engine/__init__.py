@@ -14,13 +14,14 @@ from sd_engine.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from sd_engine.engine import Engine
-    from sd_engine.weights import Model, load_model, shipped_model
+    from sd_engine.model import Model, shipped_model
+    from sd_engine.weights import load_model
 
 _NEEDS_TORCH = {
     "Engine": "sd_engine.engine",
-    "Model": "sd_engine.weights",
+    "Model": "sd_engine.model",
     "load_model": "sd_engine.weights",
-    "shipped_model": "sd_engine.weights",
+    "shipped_model": "sd_engine.model",
 }
 
 __all__ = [

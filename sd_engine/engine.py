@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sd_engine.errors import InvalidRequest
+from sd_engine.model import Model
 from sd_engine.packer import Packer
-from sd_engine.request import Finished, Lane, Request, Row
+from sd_engine.request import Finished, Request
+from sd_engine.row import Lane, Row
 from sd_engine.runner import Runner
 from sd_engine.samplers import step_table
-from sd_engine.weights import Model
 
 # Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
 DEFAULT_MAX_UNITS = 16 * 64 * 64

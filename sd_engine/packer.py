@@ -12,7 +12,7 @@ from itertools import count
 from typing import Final
 
 from sd_engine.errors import BrokenInvariant
-from sd_engine.request import Lane, Row
+from sd_engine.row import Lane, Row
 
 DEFAULT_MAX_ROWS: Final = 64
 

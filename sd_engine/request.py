@@ -1,19 +1,16 @@
-"""What the engine accepts (a request: one image to draw) and what it keeps while drawing it (a row)."""
+"""What the engine accepts (a request: one image to draw) and how it answers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from dataclasses import KW_ONLY, dataclass
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from sd_engine.errors import InvalidRequest
-from sd_engine.samplers import SAMPLERS, StepTable
-
-if TYPE_CHECKING:
-    import torch
+from sd_engine.samplers import SAMPLERS
 
 CELL: Final = 8  # sizes are multiples of this: pixels per latent cell of Stable Diffusion's autoencoder, along a side
 MIN_SIDE: Final = 64
@@ -21,6 +18,13 @@ MAX_SIDE: Final = 4096
 MAX_STEPS: Final = 1000
 MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**64 - 1
+MAX_CLIP_SKIP: Final = 12
+MAX_MASK_BLUR: Final = 256.0
+MAX_UPSCALE: Final = 4.0
+
+Resize = Literal["stretch", "crop", "fill"]
+Upscaling = Literal["latent", "pixel"]
+Noise = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,9 +32,18 @@ class Request:
     """One image to draw. Raises InvalidRequest, naming the field, its value and the allowed range.
 
     guidance: classifier-free guidance scale; None or at most 1 means unguided, one U-Net row instead of two.
+    guidance_rescale: 0 to 1, how far guided predictions are brought back to the deviation of those with the prompt.
+    eta: 0 (deterministic) to 1 (as noisy as DDPM), for the sampler `ddim` only.
+    clip_skip: which layer of the text encoder is taken, counted from the last: 1 is the last, 2 the one before.
     width, height: pixels, multiples of 8; None takes the init image's size (rounded down to 8) or the model's own.
-    init_image: uint8 [H, W, 3], copied; resized when width and height say otherwise.
+    init_image: uint8 [H, W, 3] or [H, W, 4] (transparent parts become white), copied.
     strength: how much of an init image is drawn anew, (0, 1]; at least one step is always made.
+    mask: uint8 [H, W], with an init image: 255 is drawn anew, 0 is kept; copied. mask_blur: deviation in pixels.
+    resize: how an init image (and its mask) of another shape comes to width x height: stretched, cut off at the longer
+    sides, or whole with its edges continued.
+    upscale: a second pass at this many times the size; upscale_strength and upscale_steps (None: `steps`) are that
+    pass's own, upscale_by says whether the latent or the picture is enlarged.
+    noise: whose random numbers: torch's on a CPU, or those that CUDA devices draw (both computed on the CPU).
     model: a name among the engine's models; None is its first.
     """
 
@@ -40,11 +53,22 @@ class Request:
     seed: int = 0
     steps: int = 20
     guidance: float | None = 7.5
+    guidance_rescale: float = 0.0
     sampler: str = "dpmpp_2m_karras"
+    eta: float = 0.0
+    clip_skip: int = 1
     width: int | None = None
     height: int | None = None
     init_image: npt.NDArray[np.uint8] | None = None
     strength: float = 0.75
+    mask: npt.NDArray[np.uint8] | None = None
+    mask_blur: float = 0.0
+    resize: Resize = "stretch"
+    upscale: float | None = None
+    upscale_strength: float = 0.5
+    upscale_steps: int | None = None
+    upscale_by: Upscaling = "latent"
+    noise: Noise = "cpu"
     model: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,15 +78,38 @@ class Request:
         _whole("steps", self.steps, 1, MAX_STEPS)
         if self.guidance is not None:
             _number("guidance", self.guidance, 0.0, MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}, or None")
+        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0, "a number from 0 to 1")
+        _choice("sampler", self.sampler, SAMPLERS)
+        _number("eta", self.eta, 0.0, 1.0, "a number from 0 to 1")
+        _whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
         _number("strength", self.strength, math.ulp(0.0), 1.0, "a number above 0, at most 1")
-        if self.sampler not in SAMPLERS:
-            raise InvalidRequest("sampler", self.sampler, "one of " + ", ".join(SAMPLERS))
+        _choice("resize", self.resize, get_args(Resize))
+        _choice("noise", self.noise, get_args(Noise))
         if self.model is not None:
             _text("model", self.model)
         _side("width", self.width)
         _side("height", self.height)
+        self._check_upscale()
+        self._check_pictures()
+
+    def _check_upscale(self) -> None:
+        if self.upscale is not None:
+            allowed = f"a number above 1, at most {MAX_UPSCALE:g}, or None"
+            _number("upscale", self.upscale, math.nextafter(1.0, 2.0), MAX_UPSCALE, allowed)
+        _number("upscale_strength", self.upscale_strength, math.ulp(0.0), 1.0, "a number above 0, at most 1")
+        if self.upscale_steps is not None:
+            _whole("upscale_steps", self.upscale_steps, 1, MAX_STEPS)
+        _choice("upscale_by", self.upscale_by, get_args(Upscaling))
+
+    def _check_pictures(self) -> None:
+        _number("mask_blur", self.mask_blur, 0.0, MAX_MASK_BLUR, f"a number from 0 to {MAX_MASK_BLUR:g} pixels")
+        if self.mask is not None:
+            if self.init_image is None:
+                raise InvalidRequest("mask", "given without init_image", "a mask of an init_image", "give both")
+            object.__setattr__(self, "mask", _pixels("mask", self.mask, 2, "uint8 [H, W]"))
         if self.init_image is not None:
-            object.__setattr__(self, "init_image", _picture(self.init_image))
+            picture = _pixels("init_image", self.init_image, 3, "uint8 [H, W, 3] or [H, W, 4]")
+            object.__setattr__(self, "init_image", picture)
             self.size(MIN_SIDE, MIN_SIDE)
 
     @property
@@ -84,14 +131,6 @@ class Request:
         return height, width
 
 
-class Lane(NamedTuple):
-    """Rows that may share a pack: the same model and size (pixels)."""
-
-    model: str
-    height: int
-    width: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Finished:
     """How a request ended; exactly one for each added. image: uint8 [H, W, 3], None exactly when there is an error."""
@@ -100,50 +139,6 @@ class Finished:
     request: Request
     image: npt.NDArray[np.uint8] | None
     error: Exception | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One image in flight: the only mutable state of the engine, changed only by a step that succeeded.
-
-    The runner fills the second half. latent, denoised_before: float [4, h, w], x and the D before of the step table.
-    context: the encoded prompts. generator: the image's own CPU generator, seeded by the request, for every draw.
-    """
-
-    id: int
-    request: Request
-    lane: Lane
-    table: StepTable
-    step: int = 0
-    cancelled: bool = False
-    error: Exception | None = None
-    latent: torch.Tensor | None = field(default=None, repr=False)
-    denoised_before: torch.Tensor | None = field(default=None, repr=False)
-    context: torch.Tensor | None = field(default=None, repr=False)
-    generator: torch.Generator | None = field(default=None, repr=False)
-
-    @property
-    def guided(self) -> bool:
-        return self.request.guided
-
-    @property
-    def unet_rows(self) -> int:
-        """Rows of the U-Net's batch: with and without prompt when guided."""
-        return 2 if self.guided else 1
-
-    @property
-    def units(self) -> int:
-        """What a step of this row costs: U-Net rows times latent area."""
-        return self.unet_rows * (self.lane.height // CELL) * (self.lane.width // CELL)
-
-    @property
-    def done(self) -> bool:
-        return self.step >= len(self.table)
-
-    @property
-    def leaving(self) -> bool:
-        """Nothing more to step: done, cancelled or failed."""
-        return self.done or self.cancelled or self.error is not None
 
 
 def _text(name: str, value: object) -> None:
@@ -171,13 +166,19 @@ def _side(name: str, value: int | None) -> None:
         raise InvalidRequest(name, value, allowed)
 
 
-def _picture(value: object) -> npt.NDArray[np.uint8]:
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidRequest(name, value, "one of " + ", ".join(allowed))
+
+
+def _pixels(name: str, value: object, dimensions: int, form: str) -> npt.NDArray[np.uint8]:
     """A read-only copy: the caller may draw on its own array before the row is prepared."""
     if not isinstance(value, np.ndarray):
-        raise InvalidRequest("init_image", type(value).__name__, "a numpy array uint8 [H, W, 3]", "np.asarray(image)")
-    if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3 or 0 in value.shape:
+        raise InvalidRequest(name, type(value).__name__, f"a numpy array {form}", "np.asarray(image)")
+    fits = value.ndim == dimensions and (dimensions == 2 or value.shape[2] in (3, 4))
+    if value.dtype != np.uint8 or not fits or 0 in value.shape:
         found = f"{value.dtype} {list(value.shape)}"
-        raise InvalidRequest("init_image", found, "uint8 [H, W, 3]", "convert to RGB with values from 0 to 255")
+        raise InvalidRequest(name, found, form, "convert it, with values from 0 to 255")
     copy = value.copy()
     copy.setflags(write=False)
     return copy

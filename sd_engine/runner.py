@@ -1,28 +1,29 @@
 """Where rows meet tensors: prompts are encoded, noise is drawn, packs are stepped, latents become pictures.
 
-Legend of the shape suffixes: B rows of a pack, U U-Net rows (a guided row has two), C channels, H height, W width,
-T text tokens, D width of a token.
+Legend of the shape suffixes: B rows of a pack, U U-Net rows (a guided row has two), S slots of a row's state, I inputs
+of a step (the slots and D), C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sd_engine.errors import Cancelled, NonFinite
-from sd_engine.prompts import PromptCache
-from sd_engine.request import Finished, Row
-from sd_engine.samplers import Col
-from sd_engine.weights import Model
-
-# Pictures decoded by one call: the VAE's full-size feature maps take far more memory than the U-Net's.
-DECODE_BATCH = 4
+from sd_engine.guidance import Spread
+from sd_engine.latents import decode_batches, decode_latents
+from sd_engine.model import Model
+from sd_engine.noise import noise_source
+from sd_engine.prompts import PromptEncoder, join, tokens
+from sd_engine.request import Finished
+from sd_engine.row import Row
+from sd_engine.samplers import SLOTS, Col
+from sd_engine.start import start
 
 _T = TypeVar("_T")
 
@@ -35,11 +36,11 @@ class Runner:
 
     def __init__(self, models: Mapping[str, Model]) -> None:
         self.models = models
-        self.prompts = {name: PromptCache(model) for name, model in models.items()}
+        self.prompts = {name: PromptEncoder(model) for name, model in models.items()}
 
     @torch.inference_mode()
     def prepare(self, rows: Sequence[Row]) -> None:
-        """Give newly admitted rows their context, their generator and the latent that they start from."""
+        """Give newly admitted rows their contexts, their source of noise and the latent that they start from."""
         for row in rows:
             try:
                 self._prepare(row)
@@ -55,61 +56,47 @@ class Runner:
     def decode(self, rows: Sequence[Row]) -> list[Finished]:
         """Turn retired rows into what they ended with: a picture, or the reason why there is none."""
         pictures: dict[int, npt.NDArray[np.uint8]] = {}
-        for batch in _decode_batches(row for row in rows if row.done and not row.cancelled and row.error is None):
+        for batch in decode_batches(row for row in rows if row.done and not row.cancelled and row.error is None):
             _halving(lambda part: pictures.update(self._decode(part)), batch)
         return [_finished(row, pictures.get(row.id)) for row in rows]
 
     def _prepare(self, row: Row) -> None:
-        model, request, table = self.models[row.lane.model], row.request, row.table
-        prompts = [request.negative_prompt, request.prompt] if row.guided else [request.prompt]
-        row.context = torch.stack([self.prompts[row.lane.model].encode(prompt) for prompt in prompts])
-        # One CPU generator per image makes every draw it will ever need: neither its neighbours nor the device can
-        # change its noise. The order of the draws is the reference's: sample of the init image, noise, then steps.
-        row.generator = torch.Generator("cpu").manual_seed(request.seed)
-        shape = (
-            model.latent_channels,
-            row.lane.height // model.factor,
-            row.lane.width // model.factor,
-        )
-        if request.init_image is None:
-            start_CHW = _draw(row, shape, model.device) * table.init_noise_scale
-        else:
-            image_BCHW = _as_pixels(request.init_image, row.lane.height, row.lane.width).to(model.device, model.dtype)
-            sample_BCHW = _draw(row, shape, model.device).to(model.dtype)[None]
-            latent_CHW = model.vae.encode(image_BCHW, sample_BCHW)[0].float()
-            start_CHW = latent_CHW * table.init_image_scale + _draw(row, shape, model.device) * table.add_noise_scale
-        row.latent, row.denoised_before = start_CHW, torch.zeros_like(start_CHW)
+        row.contexts = self.prompts[row.lane.model].contexts(row.request)
+        # One source of noise per image makes every draw it will ever need: neither its neighbours nor the device can
+        # change its noise.
+        row.noise = row.noise or noise_source(row.request.noise, row.request.seed)
+        latent_CHW = start(self.models[row.lane.model], row, row.noise)
+        row.state = torch.cat([latent_CHW[None], latent_CHW.new_zeros(SLOTS - 1, *latent_CHW.shape)])
 
     def _denoise(self, rows: Sequence[Row]) -> None:
         model = self.models[rows[0].lane.model]
-        x_BCHW = torch.stack([_there(row.latent) for row in rows])
-        before_BCHW = torch.stack([_there(row.denoised_before) for row in rows])
-        column = _columns(rows, model.device)
-        source_U, first_B, last_B, guidance_B = _guidance_index(rows, model.device)
+        rows = sorted(rows, key=lambda row: tokens(row.contexts[0]))  # prompts of one length attend together
+        state_BSCHW = torch.stack([_there(row.state) for row in rows])
+        column, mix_BSI = _tables(rows, model.device)
+        spread = Spread.of(rows, model.device)
 
-        prediction_UCHW = model.unet(
-            (x_BCHW * _wide(column[Col.c_in]))[source_U].to(model.dtype),
-            column[Col.t][source_U],
-            torch.cat([_there(row.context) for row in rows]),
-        ).float()
-        # An unguided row is its own first and last U-Net row, so its guidance multiplies zero.
-        first_BCHW, last_BCHW = prediction_UCHW[first_B], prediction_UCHW[last_B]
-        prediction_BCHW = first_BCHW + _wide(guidance_B) * (last_BCHW - first_BCHW)
-
-        denoised_BCHW = _wide(column[Col.c_skip]) * x_BCHW + _wide(column[Col.c_out]) * prediction_BCHW
-        x_BCHW = _wide(column[Col.a]) * x_BCHW + _wide(column[Col.b]) * denoised_BCHW
-        x_BCHW = x_BCHW + _wide(column[Col.c]) * before_BCHW
+        x_BCHW = state_BSCHW[:, 0]
+        prediction_UCHW = self._predict(model, rows, x_BCHW * _wide(column[Col.c_in]), column[Col.t], spread)
+        denoised_BCHW = _wide(column[Col.c_skip]) * x_BCHW + _wide(column[Col.c_out]) * spread.join(prediction_UCHW)
+        inputs_BICHW = torch.cat([x_BCHW[:, None], denoised_BCHW[:, None], state_BSCHW[:, 1:]], dim=1)
+        state_BSCHW = torch.einsum("bsi,bichw->bschw", mix_BSI, inputs_BICHW)
         # From here on nothing can fail for want of memory: the rows change all together, or not at all.
-        for row, x_CHW, denoised_CHW in zip(rows, x_BCHW, denoised_BCHW, strict=True):
-            line = row.table.lines[row.step]
-            noise_CHW = _draw(row, tuple(x_CHW.shape), model.device) * float(line[Col.s]) if line[Col.draws] else 0.0
-            row.latent, row.denoised_before = x_CHW + noise_CHW, denoised_CHW
-            row.step += 1
+        for row, state_SCHW in zip(rows, state_BSCHW, strict=True):
+            _move(row, state_SCHW)
+
+    def _predict(self, model: Model, rows: Sequence[Row], x_BCHW: Tensor, t_B: Tensor, spread: Spread) -> Tensor:
+        """The one U-Net call of a step -> [U, C, H, W], float32."""
+        if rows[0].condition is not None:  # a U-Net for inpainting: every row of its lane has one
+            condition_BCHW = torch.stack([_there(row.condition) for row in rows])
+            x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
+        context = join([context for row in rows for context in row.contexts])
+        with model.at_work("unet"):
+            x_UCHW = x_BCHW[spread.source_U].to(model.dtype)
+            return model.unet(x_UCHW, t_B[spread.source_U], context).float()
 
     def _decode(self, rows: Sequence[Row]) -> dict[int, npt.NDArray[np.uint8]]:
-        model = self.models[rows[0].lane.model]
-        latents_BCHW = torch.stack([_there(row.latent) for row in rows]).to(model.dtype)
-        pixels_BCHW = model.vae.decode(latents_BCHW).float().cpu()
+        latents_BCHW = torch.stack([_there(row.latent) for row in rows])
+        pixels_BCHW = decode_latents(self.models[rows[0].lane.model], latents_BCHW)
         for row, pixels_CHW in zip(rows, pixels_BCHW, strict=True):
             if not bool(pixels_CHW.isfinite().all()):
                 row.error = NonFinite(
@@ -117,6 +104,19 @@ class Runner:
                 )
         images = (pixels_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().nan_to_num().to(torch.uint8)
         return {row.id: image.numpy() for row, image in zip(rows, images, strict=True) if row.error is None}
+
+
+def _move(row: Row, state_SCHW: Tensor) -> None:
+    """Put a row behind its step: add the step's noise, and put back what an inpainted row keeps."""
+    line, x_CHW = row.table.lines[row.step], state_SCHW[0]
+    if line[Col.draws]:
+        x_CHW += _there(row.noise).draw(tuple(x_CHW.shape)).to(x_CHW.device) * float(line[Col.s])
+    if row.inpaint is not None:
+        kept = row.inpaint
+        kept_CHW = kept.latent_CHW * float(line[Col.alpha_after]) + kept.noise_CHW * float(line[Col.sigma_after])
+        x_CHW.copy_(kept.mask_1HW * x_CHW + (1 - kept.mask_1HW) * kept_CHW)
+    row.state = state_SCHW
+    row.step += 1
 
 
 def _halving(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> None:
@@ -134,53 +134,15 @@ def _halving(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> None
         _halving(work, rows[middle:])
 
 
-def _draw(row: Row, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The image's next standard normal noise, float32, drawn on the CPU and then moved."""
-    return torch.randn(shape, generator=_there(row.generator), dtype=torch.float32).to(device)
-
-
-def _columns(rows: Sequence[Row], device: torch.device) -> Tensor:
-    """The step tables' current lines, turned: [columns, B], float32."""
+def _tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The current lines of the rows' step tables, float32: their columns [columns, B], and their mix [B, S, I]."""
     lines = np.stack([row.table.lines[row.step] for row in rows], axis=1).astype(np.float32)
-    return torch.from_numpy(lines).to(device)
-
-
-def _guidance_index(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How B rows spread over U U-Net rows: U -> row; row -> its first and its last U-Net row, and its guidance.
-
-    rows      guided   unguided   guided
-    U         0  1     2          3  4       (without the prompt first, then with it)
-    source    0  0     1          2  2
-    first     0        2          3
-    last         1     2             4
-    """
-    counts = [row.unet_rows for row in rows]
-    source = [b for b, n in enumerate(counts) for _ in range(n)]
-    last = np.cumsum(counts) - 1
-    first = last - np.array(counts) + 1
-    guidance = [row.request.guidance if row.guided else 1.0 for row in rows]
-    index = torch.tensor(np.stack([first, last]), device=device)
-    return torch.tensor(source, device=device), index[0], index[1], torch.tensor(guidance, device=device)
+    mix = np.stack([row.table.mix[row.step] for row in rows]).astype(np.float32)
+    return torch.from_numpy(lines).to(device), torch.from_numpy(mix).to(device)
 
 
 def _wide(values_B: Tensor) -> Tensor:
     return values_B[:, None, None, None]
-
-
-def _as_pixels(image: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
-    """uint8 [H, W, 3] of any size -> float32 [1, 3, height, width] in [-1, 1], resized as the reference does."""
-    picture = Image.fromarray(image)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def _decode_batches(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows of the same lane, at most DECODE_BATCH together."""
-    lanes: dict[object, list[Row]] = {}
-    for row in rows:
-        lanes.setdefault(row.lane, []).append(row)
-    return [lane[i : i + DECODE_BATCH] for lane in lanes.values() for i in range(0, len(lane), DECODE_BATCH)]
 
 
 def _finished(row: Row, picture: npt.NDArray[np.uint8] | None) -> Finished:

@@ -2,12 +2,13 @@
 
 One step of one image is, for every sampler here,
 
-    D  = c_skip * x + c_out * model(c_in * x, t)
-    x' = a * x + b * D + c * D_before + s * noise
-    D_before' = D
+    D                    = c_skip * x + c_out * model(c_in * x, t)
+    (x', m1', ..., m4')  = mix @ (x, D, m1, ..., m4)
+    x'                  += s * noise
 
-with `D` the denoised prediction. Rows of different samplers can therefore share one U-Net call, and a new sampler is
-one more function that fills the columns.
+with `D` the denoised prediction and `m` four slots of memory, in which a sampler keeps what it likes (earlier D, the
+latent before its first stage). Rows of different samplers can therefore share one U-Net call, and a new sampler is
+one more function that fills the tables.
 
 A latent is `x = alpha * picture + sigma * noise`. DDPM, DDIM and DPM++ 2M keep alpha^2 + sigma^2 = 1 ("variance
 preserving"), Euler keeps alpha = 1 ("variance exploding"): each lives where its reference lives, so that initial
@@ -39,21 +40,25 @@ class Col(IntEnum):
     c_in = 1
     c_skip = 2
     c_out = 3
-    a = 4
-    b = 5
-    c = 6
-    s = 7
-    draws = 8  # 1: the reference draws noise on this line, even where s is 0; the image's generator must follow
+    s = 4
+    draws = 5  # 1: the reference draws noise on this line, even where s is 0; the image's noise source must follow
+    alpha_after = 6  # scale of the picture in x after the line; 1 after the last
+    sigma_after = 7  # scale of the noise in x after the line; 0 after the last
+
+
+SLOTS: Final = 5  # x and four slots of memory; `mix` has one more column, for D
+X, D, M1 = 0, 1, 2  # columns of `mix`; its rows are x, m1, m2, m3, m4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTable:
-    """The whole way of one image. lines: float64 [N, 9], read only, columns as `Col`.
+    """The whole way of one image. lines: float64 [N, 8], columns as `Col`; mix: float64 [N, 5, 6]; both read only.
 
     txt2img starts from `noise * init_noise_scale`, img2img from `latent * init_image_scale + noise * add_noise_scale`.
     """
 
     lines: Floats
+    mix: Floats
     init_noise_scale: float
     init_image_scale: float
     add_noise_scale: float
@@ -66,7 +71,7 @@ class StepTable:
 class _Way:
     """What a sampler decides for each step (arrays of length N); the model's prediction is folded in later.
 
-    Each line is written as if a D_before existed; see `_from_line` for the first.
+    Each line is written as if a D_before existed; see `_mix` for the first.
     """
 
     t: Floats
@@ -92,30 +97,34 @@ def step_table(sampler: str, schedule: NoiseSchedule, steps: int, strength: floa
         raise InvalidRequest("sampler", sampler, "one of " + ", ".join(SAMPLERS))
     way = _BUILDERS[sampler](schedule, steps)
     kept = steps if strength is None else max(1, min(int(steps * strength), steps))
-    lines = _from_line(steps - kept, _lines(way, schedule))
-    if not np.isfinite(lines).all():  # two noise levels coincide: better refused than drawn as NaN
+    start = steps - kept
+    lines, mix = _lines(way, schedule)[start:], _mix(way, start)
+    if not (np.isfinite(lines).all() and np.isfinite(mix).all()):  # two noise levels coincide: refused, not drawn
         raise InvalidRequest("steps", steps, f"too many for {sampler} on this model's schedule", "take fewer")
     lines.setflags(write=False)
-    start = steps - kept
-    return StepTable(lines, way.init_noise_scale, float(way.alpha[start]), float(way.sigma[start]))
+    mix.setflags(write=False)
+    return StepTable(lines, mix, way.init_noise_scale, float(way.alpha[start]), float(way.sigma[start]))
 
 
 def _lines(way: _Way, schedule: NoiseSchedule) -> Floats:
-    """[N, 9]. The U-Net always sees unit variance, so c_in, c_skip and c_out follow from alpha and sigma alone."""
+    """[N, 8]. The U-Net always sees unit variance, so c_in, c_skip and c_out follow from alpha and sigma alone."""
     c_in = 1 / np.hypot(way.alpha, way.sigma)
     if schedule.prediction == "epsilon":  # x = alpha * D + sigma * eps
         c_skip, c_out = 1 / way.alpha, -way.sigma / way.alpha
     else:  # v = (alpha * eps - sigma * D) * c_in (arXiv 2202.00512, appendix D)
         c_skip, c_out = c_in**2 * way.alpha, -c_in * way.sigma
-    return np.stack([way.t, c_in, c_skip, c_out, way.a, way.b, way.c, way.s, way.draws], axis=1)
+    after = np.append(way.alpha[1:], 1.0), np.append(way.sigma[1:], 0.0)
+    return np.stack([way.t, c_in, c_skip, c_out, way.s, way.draws, *after], axis=1)
 
 
-def _from_line(start: int, lines: Floats) -> Floats:
-    """The lines from `start` on. The first has no D_before: taking D for it makes that step a first-order one."""
-    kept = lines[start:].copy()
-    kept[0, Col.b] += kept[0, Col.c]
-    kept[0, Col.c] = 0.0
-    return kept
+def _mix(way: _Way, start: int) -> Floats:
+    """[N - start, 5, 6]. The first line has no D_before: taking D for it makes that step a first-order one."""
+    mix = np.zeros((len(way.t) - start, SLOTS, SLOTS + 1))
+    mix[:, 0, X], mix[:, 0, D], mix[:, 0, M1] = way.a[start:], way.b[start:], way.c[start:]
+    mix[:, 1, D] = 1.0  # D_before' = D
+    mix[0, 0, D] += mix[0, 0, M1]
+    mix[0, 0, M1] = 0.0
+    return mix
 
 
 def _ddpm(schedule: NoiseSchedule, steps: int) -> _Way:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from sd_engine import keymaps
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
+from sd_engine.model import SD1, Configs, Model
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tensorfile import fill, listed, opened
 from sd_engine.tokenizer import Tokenizer
@@ -29,66 +29,6 @@ _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _FILES = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 Config = TypeVar("Config")
-
-
-@dataclass(frozen=True, slots=True)
-class Configs:
-    """What a model is made of; the defaults are SD 1.x's, because its single-file checkpoints do not say."""
-
-    text: ClipConfig = field(default_factory=ClipConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    vae: VaeConfig = field(default_factory=VaeConfig)
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
-
-    def __post_init__(self) -> None:
-        """Raise WeightsError for parts that do not belong together."""
-        if self.unet.context_width != self.text.width:
-            raise WeightsError(
-                f"the U-Net takes texts of width {self.unet.context_width}, the text encoder gives {self.text.width}"
-            )
-        if not self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels:
-            raise WeightsError(
-                f"the U-Net takes {self.unet.in_channels} channels and gives {self.unet.out_channels}, the VAE's "
-                f"latents have {self.vae.latent_channels}: only models where all are equal are supported"
-            )
-
-
-SD1 = Configs()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Model:
-    """The parts of a loaded model, on one device in one dtype, in evaluation mode."""
-
-    name: str
-    tokenizer: Tokenizer
-    text_encoder: ClipTextEncoder
-    unet: UNet
-    vae: Vae
-    schedule: NoiseSchedule
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width, in pixels, that the model was trained at."""
-        side = self.unet.config.sample_size * self.factor
-        return side, side
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent cell, along each side."""
-        return self.vae.config.factor
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
-        return self.vae.config.latent_channels
-
-
-def shipped_model() -> Path:
-    """The folder of the model that comes with the package."""
-    return Path(__file__).parent / "models" / "nightshift-mini"
 
 
 def load_model(

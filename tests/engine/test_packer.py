@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sd_engine.errors import BrokenInvariant
 from sd_engine.packer import Packer
-from sd_engine.request import Lane, Request, Row
-from sd_engine.samplers import Col, StepTable
+from sd_engine.request import Request
+from sd_engine.row import Lane, Row
+from sd_engine.samplers import SLOTS, Col, StepTable
 
 LANES = (Lane("mini", 64, 64), Lane("mini", 64, 128), Lane("other", 64, 64), Lane("mini", 128, 128))
 CELLS = 64  # units of an unguided row of the first lane: 8 x 8 latent pixels
@@ -21,7 +22,7 @@ _ids = count(1)
 
 
 def new_row(lane: Lane = LANES[0], *, guided: bool = False, steps: int = 3) -> Row:
-    table = StepTable(np.zeros((steps, len(Col))), 1.0, 1.0, 1.0)
+    table = StepTable(np.zeros((steps, len(Col))), np.zeros((steps, SLOTS, SLOTS + 1)), 1.0, 1.0, 1.0)
     return Row(next(_ids), Request("x", guidance=7.5 if guided else None), lane, table)
 
 

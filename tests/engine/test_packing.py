@@ -145,7 +145,7 @@ def test_a_row_that_cannot_be_stepped_fails_alone(
     ids = [engine.add(request) for request in POOL[:5]]
     rows = engine.packer.admit()
     engine.runner.prepare(rows)
-    rows[2].context = torch.zeros(2, 5, 7)  # of no use to the U-Net: the whole pack's call fails at first
+    rows[2].state = torch.zeros(5, 4, 3, 7)  # of another size: the whole pack's call fails at first
     endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
@@ -161,8 +161,8 @@ def test_a_picture_that_is_not_finite_fails_alone(model: Model) -> None:
     ids = [engine.add(request) for request in POOL[:3]]
     rows = engine.packer.admit()
     engine.runner.prepare(rows)
-    assert rows[1].latent is not None
-    rows[1].latent = rows[1].latent * float("nan")
+    assert rows[1].state is not None
+    rows[1].state = rows[1].state * float("nan")
     endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sd_engine.errors import InvalidRequest
-from sd_engine.request import Lane, Request, Row
+from sd_engine.request import Request
+from sd_engine.row import Lane, Row
 from sd_engine.samplers import SAMPLERS, step_table
 from sd_engine.schedules import NoiseSchedule
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
-from sd_engine.weights import Configs, Model, load_model, shipped_model
+from sd_engine.model import Configs, Model, shipped_model
+from sd_engine.weights import load_model
 from tests.engine import ldm_names
 from tests.tiny_model import make_tiny_model
 

@@ -1,0 +1,86 @@
+"""What a model is made of, and a loaded model with its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sd_engine.clip import ClipTextEncoder
+from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
+from sd_engine.errors import WeightsError
+from sd_engine.schedules import NoiseSchedule
+from sd_engine.tokenizer import Tokenizer
+from sd_engine.unet import UNet
+from sd_engine.vae import Vae
+
+Component = Literal["text_encoder", "unet", "vae"]
+
+
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """What a model is made of; the defaults are SD 1.x's, because its single-file checkpoints do not say."""
+
+    text: ClipConfig = field(default_factory=ClipConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+
+    def __post_init__(self) -> None:
+        """Raise WeightsError for parts that do not belong together."""
+        if self.unet.context_width != self.text.width:
+            raise WeightsError(
+                f"the U-Net takes texts of width {self.unet.context_width}, the text encoder gives {self.text.width}"
+            )
+        if not self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels:
+            raise WeightsError(
+                f"the U-Net takes {self.unet.in_channels} channels and gives {self.unet.out_channels}, the VAE's "
+                f"latents have {self.vae.latent_channels}: only models where all are equal are supported"
+            )
+
+
+SD1 = Configs()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """The parts of a loaded model, on one device in one dtype, in evaluation mode."""
+
+    name: str
+    tokenizer: Tokenizer
+    text_encoder: ClipTextEncoder
+    unet: UNet
+    vae: Vae
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was trained at."""
+        side = self.unet.config.sample_size * self.factor
+        return side, side
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return self.vae.config.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.config.latent_channels
+
+    @contextmanager
+    def at_work(self, component: Component) -> Iterator[None]:
+        """Inside, this component's weights are on the model's device."""
+        yield
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(__file__).parent / "models" / "nightshift-mini"

@@ -1,0 +1,88 @@
+"""What the engine keeps while it draws a request: a row, in its lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from sd_engine.request import CELL, Request
+from sd_engine.samplers import StepTable
+
+if TYPE_CHECKING:
+    import torch
+
+    from sd_engine.noise import NoiseSource
+    from sd_engine.prompts import Context
+
+
+class Lane(NamedTuple):
+    """Rows that may share a pack: the same model and size (pixels)."""
+
+    model: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inpaint:
+    """What an inpainted row keeps as it is: everything where the mask is 0.
+
+    mask_1HW: float32 in [0, 1], 1 is drawn anew. latent_CHW: the clean picture. noise_CHW: what it is noised with.
+    """
+
+    mask_1HW: torch.Tensor
+    latent_CHW: torch.Tensor
+    noise_CHW: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One image in flight: the only mutable state of the engine, changed only by a step that succeeded.
+
+    The runner fills the second half. state: float32 [SLOTS, C, h, w], x and the memory of the step table (`samplers`).
+    contexts: the encoded prompts, one for each U-Net row. noise: the image's own source of every draw it ever makes.
+    condition: float32 [5, h, w], the further channels of an inpainting U-Net. first_pass: the latent that a second pass
+    (`Request.upscale`) starts from.
+    """
+
+    id: int
+    request: Request
+    lane: Lane
+    table: StepTable
+    step: int = 0
+    cancelled: bool = False
+    error: Exception | None = None
+    state: torch.Tensor | None = field(default=None, repr=False)
+    contexts: tuple[Context, ...] = field(default=(), repr=False)
+    noise: NoiseSource | None = field(default=None, repr=False)
+    inpaint: Inpaint | None = field(default=None, repr=False)
+    condition: torch.Tensor | None = field(default=None, repr=False)
+    first_pass: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def latent(self) -> torch.Tensor | None:
+        """x, the latent itself: float32 [C, h, w]."""
+        return None if self.state is None else self.state[0]
+
+    @property
+    def guided(self) -> bool:
+        return self.request.guided
+
+    @property
+    def unet_rows(self) -> int:
+        """Rows of the U-Net's batch: with and without prompt when guided."""
+        return 2 if self.guided else 1
+
+    @property
+    def units(self) -> int:
+        """What a step of this row costs: U-Net rows times latent area."""
+        return self.unet_rows * (self.lane.height // CELL) * (self.lane.width // CELL)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= len(self.table)
+
+    @property
+    def leaving(self) -> bool:
+        """Nothing more to step: done, cancelled or failed."""
+        return self.done or self.cancelled or self.error is not None
