@@ -145,7 +145,7 @@ def test_a_row_that_cannot_be_stepped_fails_alone(
     ids = [engine.add(request) for request in POOL[:5]]
     rows = engine.packer.admit()
     engine.runner.prepare(rows)
-    rows[2].state = torch.zeros(5, 4, 3, 7)  # of another size: the whole pack's call fails at first
+    rows[2].state = torch.zeros(5, 3, 8, 8)  # a channel too few: the whole pack's call fails at first
     endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
