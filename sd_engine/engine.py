@@ -19,28 +19,38 @@ from sd_engine.samplers import step_table
 # Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
 DEFAULT_MAX_UNITS = 16 * 64 * 64
 
+# Four guided pictures: enough to be worth sharing, few enough that one alone does not wait for long.
+DETERMINISTIC_UNET_ROWS = 8
+
 
 class Engine:
     """Draws requests with the given models, many in one U-Net call. Not thread-safe: one thread owns it.
 
     models: one model, or several by name (a request without a name takes the first).
     max_units: the limit of one pack, in U-Net rows x latent cells.
+    deterministic: pad every pack to the same number of U-Net rows, and decode one picture at a time, so that on a CPU
+    the bits of a picture do not depend on its neighbours. It costs the U-Net rows that nobody uses.
     """
 
-    def __init__(self, models: Model | Mapping[str, Model], *, max_units: int | None = None) -> None:
+    def __init__(
+        self, models: Model | Mapping[str, Model], *, max_units: int | None = None, deterministic: bool = False
+    ) -> None:
         named = {models.name: models} if isinstance(models, Model) else dict(models)
         if not named:
             raise ValueError("models is empty: an engine needs at least one")
         self.models = named
-        self.packer = Packer(DEFAULT_MAX_UNITS if max_units is None else max_units)
-        self.runner = Runner(named)
+        self.packer = Packer(
+            DEFAULT_MAX_UNITS if max_units is None else max_units,
+            max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
+        )
+        self.runner = Runner(named, self.packer.bucket)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
 
     def step(self) -> list[Finished]:
         """Take in what waits, step one pack, and return what has ended (pictures, failures, cancellations)."""
         self.runner.prepare(self.packer.admit())
-        self.runner.denoise(self.packer.pack())
+        self.runner.denoise(self.packer.pack(), self.packer.too_large)
         return self._leave(self.runner.decode(self.packer.retire()))
 
     def add(self, request: Request) -> int:

@@ -27,5 +27,9 @@ class NonFinite(ArithmeticError):
     """A latent or picture that is not finite (NaN or infinity): the row fails, its neighbours do not."""
 
 
+class OutOfMemory(RuntimeError):
+    """Not even this row alone fits in the device's memory."""
+
+
 class BrokenInvariant(AssertionError):
     """The packer's bookkeeping contradicts itself: a bug in Nightshift, never the caller's fault."""

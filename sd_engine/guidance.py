@@ -34,10 +34,11 @@ class Spread:
     rescale_B111: Tensor | None  # None: no row asks for it
 
     @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Spread:
-        """The spread of a pack."""
+    def of(cls, rows: Sequence[Row], device: torch.device, at_least: int = 0) -> Spread:
+        """The spread of a pack; the last row is repeated, for nobody, until there are `at_least` U-Net rows."""
         counts = [row.unet_rows for row in rows]
         source = [b for b, n in enumerate(counts) for _ in range(n)]
+        source += [len(rows) - 1] * (at_least - len(source))
         last = np.cumsum(counts) - 1
         index = torch.tensor(np.stack([last - np.array(counts) + 1, last]), device=device)
         scale = [row.request.guidance if row.guided else 1.0 for row in rows]

@@ -7,6 +7,7 @@ every step, so rows join and leave at each one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -36,7 +37,8 @@ class Packer:
     max_units (U-Net rows x latent area) and max_rows (images) limit two things: one pack, for the memory that a step
     takes, and what each lane has admitted, so that a lane's admitted rows normally all step together and none is
     prepared long before it can move. A single row above max_units is admitted and packed alone: it would otherwise
-    never be drawn. So a pack is within both limits, or is one row.
+    never be drawn. So a pack is within both limits, or is one row. A lane whose pack did not fit the device's memory
+    gets a limit of its own (`too_large`), for good.
 
     Fair: the lane that was packed longest ago goes next; within it rows step in rotation. With L lanes holding
     admitted rows, each lane steps at least once in L packs. Waiting rows are never overtaken within their lane.
@@ -48,6 +50,7 @@ class Packer:
         self.max_units = max_units
         self.max_rows = max_rows
         self._lanes: dict[Lane, _Queues] = {}
+        self._limits: dict[Lane, int] = {}
         self._rows: dict[int, Row] = {}
         self._clock = count(1)
         self._added = 0
@@ -82,6 +85,22 @@ class Packer:
             queues.waiting.remove(row)
             queues.dropped.append(row)
         return True
+
+    def limit(self, lane: Lane) -> int:
+        """The most units of one pack of this lane."""
+        limit = self.max_units if self.max_unet_rows is None else self.bucket(lane) * lane.cells
+        return self._limits.get(lane, limit)
+
+    def bucket(self, lane: Lane) -> int:
+        """U-Net rows that each pack of this lane is padded to; 0: packs are not padded."""
+        if self.max_unet_rows is None:
+            return 0
+        return max(2, min(self.max_unet_rows, self.max_units // lane.cells))
+
+    def too_large(self, rows: Sequence[Row]) -> None:
+        """These rows, of one lane, did not fit in memory together: half of them is the lane's limit from now on."""
+        lane, units = rows[0].lane, sum(row.units for row in rows)
+        self._limits[lane] = min(self.limit(lane), max(units // 2, 1))
 
     def admit(self) -> list[Row]:
         """Move waiting rows in while their lane has room; returns those newly admitted, to be prepared."""
@@ -136,7 +155,7 @@ class Packer:
 
     def _fits(self, units: int, rows: int, row: Row) -> bool:
         """Whether a row may join `rows` rows of `units` units. A row may always be alone."""
-        return rows == 0 or (units + row.units <= self.max_units and rows < self.max_rows)
+        return rows == 0 or (units + row.units <= self.limit(row.lane) and rows < self.max_rows)
 
     def _take(self, admitted: deque[Row]) -> list[Row]:
         """The first row that can step, and what fits beside it, in order."""

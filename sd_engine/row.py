@@ -22,6 +22,11 @@ class Lane(NamedTuple):
     height: int
     width: int
 
+    @property
+    def cells(self) -> int:
+        """Latent cells of one picture."""
+        return (self.height // CELL) * (self.width // CELL)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inpaint:
@@ -40,7 +45,8 @@ class Row:
     """One image in flight: the only mutable state of the engine, changed only by a step that succeeded.
 
     The runner fills the second half. state: float32 [SLOTS, C, h, w], x and the memory of the step table (`samplers`).
-    contexts: the encoded prompts, one for each U-Net row. noise: the image's own source of every draw it ever makes.
+    contexts: the encoded prompts, one for each U-Net row. noise: the image's own source of every draw it ever makes;
+    drawn: what it drew for a step that has not succeeded yet.
     condition: float32 [5, h, w], the further channels of an inpainting U-Net. first_pass: the latent that a second pass
     (`Request.upscale`) starts from.
     """
@@ -55,6 +61,7 @@ class Row:
     state: torch.Tensor | None = field(default=None, repr=False)
     contexts: tuple[Context, ...] = field(default=(), repr=False)
     noise: NoiseSource | None = field(default=None, repr=False)
+    drawn: torch.Tensor | None = field(default=None, repr=False)
     inpaint: Inpaint | None = field(default=None, repr=False)
     condition: torch.Tensor | None = field(default=None, repr=False)
     first_pass: torch.Tensor | None = field(default=None, repr=False)
@@ -76,7 +83,7 @@ class Row:
     @property
     def units(self) -> int:
         """What a step of this row costs: U-Net rows times latent area."""
-        return self.unet_rows * (self.lane.height // CELL) * (self.lane.width // CELL)
+        return self.unet_rows * self.lane.cells
 
     @property
     def done(self) -> bool:

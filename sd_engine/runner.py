@@ -7,6 +7,7 @@ of a step (the slots and D), C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import TypeVar
 
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
+from sd_engine.halving import halving
 from sd_engine.latents import decode_batches, decode_latents
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
 from sd_engine.prompts import PromptEncoder, join, tokens
 from sd_engine.request import Finished
-from sd_engine.row import Row
+from sd_engine.row import Lane, Row
 from sd_engine.samplers import SLOTS, Col
 from sd_engine.start import start
 
@@ -32,10 +34,12 @@ class Runner:
     """Owns every tensor operation of the engine, and decides nothing: the packer says who is stepped.
 
     A row that cannot be prepared, stepped or decoded gets its `error` and leaves; its neighbours go on.
+    bucket: the U-Net rows that a lane's packs are padded to, 0 for none.
     """
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
+    def __init__(self, models: Mapping[str, Model], bucket: Callable[[Lane], int]) -> None:
         self.models = models
+        self.bucket = bucket
         self.prompts = {name: PromptEncoder(model) for name, model in models.items()}
 
     @torch.inference_mode()
@@ -48,16 +52,19 @@ class Runner:
                 row.error = error
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[Row]) -> None:
-        """Move every row of a pack (one lane) one step of its own, by one U-Net call."""
-        _halving(self._denoise, rows)
+    def denoise(self, rows: Sequence[Row], too_large: Callable[[Sequence[Row]], None]) -> None:
+        """Move every row of a pack (one lane) one step of its own, by one U-Net call.
+
+        too_large is told of a pack that memory did not suffice for; its halves are stepped instead.
+        """
+        halving(self._denoise, rows, too_large)
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[Finished]:
         """Turn retired rows into what they ended with: a picture, or the reason why there is none."""
         pictures: dict[int, npt.NDArray[np.uint8]] = {}
         for batch in decode_batches(row for row in rows if row.done and not row.cancelled and row.error is None):
-            _halving(lambda part: pictures.update(self._decode(part)), batch)
+            halving(lambda part: pictures.update(self._decode(part)), batch)
         return [_finished(row, pictures.get(row.id)) for row in rows]
 
     def _prepare(self, row: Row) -> None:
@@ -73,23 +80,25 @@ class Runner:
         rows = sorted(rows, key=lambda row: tokens(row.contexts[0]))  # prompts of one length attend together
         state_BSCHW = torch.stack([_there(row.state) for row in rows])
         column, mix_BSI = _tables(rows, model.device)
-        spread = Spread.of(rows, model.device)
+        spread = Spread.of(rows, model.device, self.bucket(rows[0].lane))
 
         x_BCHW = state_BSCHW[:, 0]
         prediction_UCHW = self._predict(model, rows, x_BCHW * _wide(column[Col.c_in]), column[Col.t], spread)
         denoised_BCHW = _wide(column[Col.c_skip]) * x_BCHW + _wide(column[Col.c_out]) * spread.join(prediction_UCHW)
-        inputs_BICHW = torch.cat([x_BCHW[:, None], denoised_BCHW[:, None], state_BSCHW[:, 1:]], dim=1)
-        state_BSCHW = torch.einsum("bsi,bichw->bschw", mix_BSI, inputs_BICHW)
+        state_BSCHW = _mixed(mix_BSI, (x_BCHW, denoised_BCHW, *state_BSCHW[:, 1:].unbind(1)))
+        states = [_noised(row, state_SCHW) for row, state_SCHW in zip(rows, state_BSCHW, strict=True)]
         # From here on nothing can fail for want of memory: the rows change all together, or not at all.
-        for row, state_SCHW in zip(rows, state_BSCHW, strict=True):
-            _move(row, state_SCHW)
+        for row, state_SCHW in zip(rows, states, strict=True):
+            row.state, row.drawn = state_SCHW, None
+            row.step += 1
 
     def _predict(self, model: Model, rows: Sequence[Row], x_BCHW: Tensor, t_B: Tensor, spread: Spread) -> Tensor:
         """The one U-Net call of a step -> [U, C, H, W], float32."""
         if rows[0].condition is not None:  # a U-Net for inpainting: every row of its lane has one
             condition_BCHW = torch.stack([_there(row.condition) for row in rows])
             x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
-        context = join([context for row in rows for context in row.contexts])
+        contexts = [context for row in rows for context in row.contexts]
+        context = join(contexts + contexts[-1:] * (len(spread.source_U) - len(contexts)))
         with model.at_work("unet"):
             x_UCHW = x_BCHW[spread.source_U].to(model.dtype)
             return model.unet(x_UCHW, t_B[spread.source_U], context).float()
@@ -106,32 +115,26 @@ class Runner:
         return {row.id: image.numpy() for row, image in zip(rows, images, strict=True) if row.error is None}
 
 
-def _move(row: Row, state_SCHW: Tensor) -> None:
-    """Put a row behind its step: add the step's noise, and put back what an inpainted row keeps."""
+def _mixed(mix_BSI: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The state after the step, [B, S, C, H, W]: mix @ inputs, one of I inputs [B, C, H, W] after the other.
+
+    Elementwise, so that the bits of a row do not depend on how many rows there are, as those of a matrix product may.
+    """
+    terms = (mix_BSI[:, :, i, None, None, None] * each_BCHW[:, None] for i, each_BCHW in enumerate(inputs))
+    return reduce(torch.add, terms)
+
+
+def _noised(row: Row, state_SCHW: Tensor) -> Tensor:
+    """A row's state with the step's noise added, and with what an inpainted row keeps put back."""
     line, x_CHW = row.table.lines[row.step], state_SCHW[0]
     if line[Col.draws]:
-        x_CHW += _there(row.noise).draw(tuple(x_CHW.shape)).to(x_CHW.device) * float(line[Col.s])
+        row.drawn = row.drawn if row.drawn is not None else _there(row.noise).draw(tuple(x_CHW.shape))
+        x_CHW += row.drawn.to(x_CHW.device) * float(line[Col.s])
     if row.inpaint is not None:
         kept = row.inpaint
         kept_CHW = kept.latent_CHW * float(line[Col.alpha_after]) + kept.noise_CHW * float(line[Col.sigma_after])
         x_CHW.copy_(kept.mask_1HW * x_CHW + (1 - kept.mask_1HW) * kept_CHW)
-    row.state = state_SCHW
-    row.step += 1
-
-
-def _halving(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> None:
-    """Do the work for all rows at once; if that fails, for each half: out of memory shrinks, a bad row fails alone."""
-    if not rows:
-        return
-    try:
-        work(rows)
-    except Exception as error:
-        if len(rows) == 1:
-            rows[0].error = error
-            return
-        middle = len(rows) // 2
-        _halving(work, rows[:middle])
-        _halving(work, rows[middle:])
+    return state_SCHW
 
 
 def _tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:

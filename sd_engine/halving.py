@@ -1,0 +1,74 @@
+"""Work for many rows at once that failed is done for each half: out of memory shrinks, a bad row fails alone."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sd_engine.errors import OutOfMemory
+from sd_engine.row import Row
+
+# What allocators say that have no exception class of their own: the CPU's, and Apple's.
+_MEMORY_WORDS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "MPS backend out of memory",
+)
+
+
+def halving(
+    work: Callable[[Sequence[Row]], None],
+    rows: Sequence[Row],
+    too_large: Callable[[Sequence[Row]], None] = lambda rows: None,
+) -> None:
+    """Do the work for all rows at once; if that fails, for each half, down to single rows, which get their `error`.
+
+    too_large is told of every pack that memory did not suffice for. A row that does not fit alone fails with
+    OutOfMemory. `work` must change no row unless it succeeds.
+    """
+    if not rows:
+        return
+    error = _attempt(work, rows)
+    if error is None:
+        return
+    if is_out_of_memory(error):
+        too_large(rows)
+        _give_back()
+    if len(rows) > 1:
+        middle = len(rows) // 2
+        halving(work, rows[:middle], too_large)
+        halving(work, rows[middle:], too_large)
+    else:
+        rows[0].error = _out_of_memory(rows[0]) if is_out_of_memory(error) else error
+
+
+def _attempt(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> Exception | None:
+    """What went wrong. Its frames are cleared: they hold the tensors of the failed call, which the halves need."""
+    try:
+        work(rows)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        return error
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of any device ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _MEMORY_WORDS)
+
+
+def _give_back() -> None:
+    # What PyTorch keeps for later is of the sizes that just did not fit.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _out_of_memory(row: Row) -> OutOfMemory:
+    return OutOfMemory(
+        f"not enough memory for one picture of {row.lane.width} x {row.lane.height} on this device; "
+        "ask for a smaller one, or give the worker half precision or offload"
+    )
