@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class InvalidRequest(ValueError):
-    """A request that cannot be drawn: names the field, its value and the allowed range."""
+class InvalidArgument(ValueError):
+    """A value that is not allowed: names the field or argument, its value, what is allowed and the remedy."""
 
     def __init__(self, field: str, value: object, allowed: str, remedy: str = "") -> None:
         # All four go to args: an error whose args do not fit its constructor cannot cross a process boundary.
@@ -13,6 +13,14 @@ class InvalidRequest(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}={self.value!r} is not allowed: {self.allowed}" + (f"; {self.remedy}" * bool(self.remedy))
+
+
+class InvalidRequest(InvalidArgument):
+    """A request that cannot be drawn."""
+
+
+class InvalidDevice(InvalidArgument):
+    """A device, a dtype or a mode of offload that does not exist, or that this machine does not have."""
 
 
 class WeightsError(ValueError):
