@@ -36,10 +36,13 @@ class Configs:
             raise WeightsError(
                 f"the U-Net takes texts of width {self.unet.context_width}, the text encoder gives {self.text.width}"
             )
-        if not self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels:
+        latent = self.vae.latent_channels
+        # An inpainting U-Net also takes the mask and the latent of the masked picture.
+        if self.unet.out_channels != latent or self.unet.in_channels not in (latent, 2 * latent + 1):
             raise WeightsError(
                 f"the U-Net takes {self.unet.in_channels} channels and gives {self.unet.out_channels}, the VAE's "
-                f"latents have {self.vae.latent_channels}: only models where all are equal are supported"
+                f"latents have {latent}: supported are models that take {latent}, or {2 * latent + 1} for inpainting, "
+                f"and give {latent}"
             )
 
 
@@ -74,6 +77,11 @@ class Model:
     def latent_channels(self) -> int:
         """Channels of a latent."""
         return self.vae.config.latent_channels
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net also takes a mask and the latent of the masked picture."""
+        return self.unet.config.in_channels > self.latent_channels
 
     @contextmanager
     def at_work(self, component: Component) -> Iterator[None]:
