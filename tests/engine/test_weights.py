@@ -301,8 +301,8 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(folder: Pa
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(WeightsError, match="texts of width 768, the text encoder gives 32"):
         Configs(text=ClipConfig(width=32))
-    with pytest.raises(WeightsError, match="takes 9 channels"):
-        Configs(unet=UNetConfig(in_channels=9))
+    with pytest.raises(WeightsError, match="takes 8 channels"):
+        Configs(unet=UNetConfig(in_channels=8))
     with pytest.raises(WeightsError, match="latents have 16"):
         replace(Configs(), vae=VaeConfig(latent_channels=16))
 
