@@ -20,7 +20,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+    if not re.fullmatch(r"cpu|mps(:0)?|cuda(:[0-9]{1,3})?", name):
         raise InvalidDevice("device", name, DEVICES, f"this machine has {_here()}")
     kind, _, number = name.partition(":")
     there = {
@@ -44,7 +44,7 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     dtype = DTYPES.get(name) if isinstance(name, str) else name
-    if dtype not in DTYPES.values():
+    if dtype is None or dtype not in DTYPES.values():
         raise InvalidDevice("dtype", name, "auto, " + ", ".join(DTYPES))
     return dtype
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
+from torch import nn
 
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
+from sd_engine.offload import Component, Offload, Visitor, check_offload, visitors
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
-
-Component = Literal["text_encoder", "unet", "vae"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,10 @@ SD1 = Configs()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """The parts of a loaded model, on one device in one dtype, in evaluation mode."""
+    """The parts of a loaded model, on one device in one dtype, in evaluation mode.
+
+    offload: which parts wait on the CPU while nobody works with them; raises InvalidDevice for an unknown mode.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -61,6 +63,17 @@ class Model:
     schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
+    offload: Offload = "resident"
+    _visitors: Mapping[Component, Visitor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_offload(self.offload)
+        object.__setattr__(self, "_visitors", visitors(self.modules, self.device, self.offload))
+
+    @property
+    def modules(self) -> dict[Component, nn.Module]:
+        """The components that have weights."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,10 +96,13 @@ class Model:
         """Whether the U-Net also takes a mask and the latent of the masked picture."""
         return self.unet.config.in_channels > self.latent_channels
 
-    @contextmanager
-    def at_work(self, component: Component) -> Iterator[None]:
-        """Inside, this component's weights are on the model's device."""
-        yield
+    def at_work(self, component: Component) -> AbstractContextManager[None]:
+        """Inside, this component's weights are on the model's device; may be nested.
+
+        A U-Net whose layers stream in one by one is the exception: each is there while it is called.
+        """
+        visitor = self._visitors.get(component)
+        return nullcontext() if visitor is None else visitor.visit()
 
 
 def shipped_model() -> Path:
