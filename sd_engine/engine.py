@@ -11,10 +11,10 @@ import numpy.typing as npt
 from sd_engine.errors import InvalidRequest
 from sd_engine.model import Model
 from sd_engine.packer import Packer
+from sd_engine.passes import first_row, second_row
 from sd_engine.request import Finished, Request
-from sd_engine.row import Lane, Row
+from sd_engine.row import Row
 from sd_engine.runner import Runner
-from sd_engine.samplers import step_table
 
 # Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
 DEFAULT_MAX_UNITS = 16 * 64 * 64
@@ -51,7 +51,7 @@ class Engine:
         """Take in what waits, step one pack, and return what has ended (pictures, failures, cancellations)."""
         self.runner.prepare(self.packer.admit())
         self.runner.denoise(self.packer.pack(), self.packer.too_large)
-        return self._leave(self.runner.decode(self.packer.retire()))
+        return self._leave(self.runner.decode(self._ended(self.packer.retire())))
 
     def add(self, request: Request) -> int:
         """Take a request in and return its id. Raises InvalidRequest, and then nothing was added."""
@@ -60,10 +60,7 @@ class Engine:
         model_name = request.model if request.model is not None else next(iter(self.models))
         if model_name not in self.models:
             raise InvalidRequest("model", model_name, "one of " + ", ".join(self.models))
-        model = self.models[model_name]
-        strength = None if request.init_image is None else request.strength
-        table = step_table(request.sampler, model.schedule, request.steps, strength)
-        row = Row(id=next(self._ids), request=request, lane=Lane(model_name, *request.size(*model.size)), table=table)
+        row = first_row(next(self._ids), request, model_name, self.models[model_name])
         self.packer.add(row)
         self._rows[row.id] = row
         return row.id
@@ -81,8 +78,7 @@ class Engine:
 
     def progress(self, id: int) -> tuple[int, int]:
         """Steps made and steps in all. Raises KeyError for an id that is not in flight."""
-        row = self._rows[id]
-        return row.step, len(row.table)
+        return self._rows[id].progress
 
     def render(self, requests: Iterable[Request]) -> list[npt.NDArray[np.uint8]]:
         """Draw all, in order: uint8 [H, W, 3] each.
@@ -108,6 +104,18 @@ class Engine:
             self.packer.cancel(id)
         self.packer.retire()
         self._rows.clear()
+
+    def _ended(self, retired: list[Row]) -> list[Row]:
+        """Those that are through; the others go on with their second pass, as rows of a larger lane."""
+        ended = []
+        for row in retired:
+            second = second_row(row)
+            if second is None:
+                ended.append(row)
+            else:
+                self.packer.add(second)
+                self._rows[row.id] = second
+        return ended
 
     def _leave(self, finished: list[Finished]) -> list[Finished]:
         for done in finished:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from sd_engine.model import Model
@@ -27,6 +28,11 @@ def decode_latents(model: Model, latents_BCHW: Tensor) -> Tensor:
     """Scaled latents -> pictures float32 [B, 3, H, W] on the CPU, about [-1, 1], not clamped."""
     with model.at_work("vae"):
         return model.vae.decode(latents_BCHW.to(model.dtype)).float().cpu()
+
+
+def rounded(pixels_BCHW: Tensor) -> Tensor:
+    """Decoded pictures float32 [B, 3, H, W] -> uint8 [B, H, W, 3]; what is not finite becomes black."""
+    return (pixels_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().nan_to_num().to(torch.uint8)
 
 
 def decode_batches(rows: Iterable[Row]) -> list[list[Row]]:

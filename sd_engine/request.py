@@ -111,6 +111,9 @@ class Request:
             picture = _pixels("init_image", self.init_image, 3, "uint8 [H, W, 3] or [H, W, 4]")
             object.__setattr__(self, "init_image", picture)
             self.size(MIN_SIDE, MIN_SIDE)
+            if self.mask is not None and self.mask.shape != picture.shape[:2]:
+                allowed = f"the init_image's height and width, {picture.shape[:2]}"
+                raise InvalidRequest("mask.size", self.mask.shape, allowed, "draw the mask on that picture")
 
     @property
     def guided(self) -> bool:
@@ -128,6 +131,18 @@ class Request:
         if not all(MIN_SIDE <= side <= MAX_SIDE for side in (height, width)):
             allowed = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels, where width and height are not given"
             raise InvalidRequest("init_image.size", (height, width), allowed, "give width and height")
+        return height, width
+
+    def larger(self, height: int, width: int) -> tuple[int, int]:
+        """The second pass's (height, width) after a first of this size: `upscale` times, rounded to multiples of 8.
+
+        Raises InvalidRequest above MAX_SIDE.
+        """
+        times = self.upscale if self.upscale is not None else 1.0
+        height, width = (CELL * int(side * times / CELL + 0.5) for side in (height, width))
+        if max(height, width) > MAX_SIDE:
+            allowed = f"sides of at most {MAX_SIDE} pixels, not {height} x {width}"
+            raise InvalidRequest("upscale", self.upscale, allowed, "enlarge less, or begin smaller")
         return height, width
 
 

@@ -47,8 +47,9 @@ class Row:
     The runner fills the second half. state: float32 [SLOTS, C, h, w], x and the memory of the step table (`samplers`).
     contexts: the encoded prompts, one for each U-Net row. noise: the image's own source of every draw it ever makes;
     drawn: what it drew for a step that has not succeeded yet.
-    condition: float32 [5, h, w], the further channels of an inpainting U-Net. first_pass: the latent that a second pass
-    (`Request.upscale`) starts from.
+    condition: float32 [5, h, w], the further channels of an inpainting U-Net.
+    second: the row that goes on when this one is done (`passes`), with the steps made before it, and, as soon as they
+    are made, first_pass: the latent that it starts from.
     """
 
     id: int
@@ -64,6 +65,8 @@ class Row:
     drawn: torch.Tensor | None = field(default=None, repr=False)
     inpaint: Inpaint | None = field(default=None, repr=False)
     condition: torch.Tensor | None = field(default=None, repr=False)
+    second: Row | None = field(default=None, repr=False)
+    steps_before: int = 0
     first_pass: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -84,6 +87,12 @@ class Row:
     def units(self) -> int:
         """What a step of this row costs: U-Net rows times latent area."""
         return self.unet_rows * self.lane.cells
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Steps made and steps in all, of both passes."""
+        later = 0 if self.second is None else len(self.second.table)
+        return self.steps_before + self.step, self.steps_before + len(self.table) + later
 
     @property
     def done(self) -> bool:

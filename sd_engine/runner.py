@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
-from sd_engine.latents import decode_batches, decode_latents
+from sd_engine.latents import decode_batches, decode_latents, rounded
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
 from sd_engine.prompts import PromptEncoder, join, tokens
@@ -72,8 +72,10 @@ class Runner:
         # One source of noise per image makes every draw it will ever need: neither its neighbours nor the device can
         # change its noise.
         row.noise = row.noise or noise_source(row.request.noise, row.request.seed)
-        latent_CHW = start(self.models[row.lane.model], row, row.noise)
-        row.state = torch.cat([latent_CHW[None], latent_CHW.new_zeros(SLOTS - 1, *latent_CHW.shape)])
+        begins = start(self.models[row.lane.model], row, row.noise)
+        memory = begins.latent_CHW.new_zeros(SLOTS - 1, *begins.latent_CHW.shape)
+        row.state = torch.cat([begins.latent_CHW[None], memory])
+        row.inpaint, row.condition = begins.inpaint, begins.condition
 
     def _denoise(self, rows: Sequence[Row]) -> None:
         model = self.models[rows[0].lane.model]
@@ -111,7 +113,7 @@ class Runner:
                 row.error = NonFinite(
                     f"the picture is not finite after {row.step} steps: try float32, or less guidance"
                 )
-        images = (pixels_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().nan_to_num().to(torch.uint8)
+        images = rounded(pixels_BCHW)
         return {row.id: image.numpy() for row, image in zip(rows, images, strict=True) if row.error is None}
 
 
@@ -149,7 +151,8 @@ def _wide(values_B: Tensor) -> Tensor:
 
 
 def _finished(row: Row, picture: npt.NDArray[np.uint8] | None) -> Finished:
-    error = Cancelled(f"cancelled after {row.step} of {len(row.table)} steps") if row.cancelled else row.error
+    made, in_all = row.progress
+    error = Cancelled(f"cancelled after {made} of {in_all} steps") if row.cancelled else row.error
     return Finished(row.id, row.request, None if error is not None else picture, error)
 
 

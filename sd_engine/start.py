@@ -1,39 +1,146 @@
-"""Where a row starts from: pure noise, or a noised picture.
+"""Where a row starts from: noise, a noised picture, a picture of which a part is kept, the pass before.
 
-Legend of the shape suffixes: C channels, H height, W width.
+Legend of the shape suffixes: C channels, H height, W width; 1 and 3 are channels of a mask and of a picture.
+Order of draws, masks and blending: `StableDiffusionInpaintPipeline` of diffusers 0.42, held to it in
+`tests/engine/test_inpaint.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
-from sd_engine.latents import encode_picture
+from sd_engine.errors import NonFinite
+from sd_engine.latents import decode_latents, encode_picture, rounded
 from sd_engine.model import Model
 from sd_engine.noise import NoiseSource
-from sd_engine.row import Row
+from sd_engine.pictures import Pixels, fit, fit_mask
+from sd_engine.row import Inpaint, Row
+
+_DRAWN_ANEW = 128  # the reference draws anew where a mask is at least a half
 
 
-def start(model: Model, row: Row, noise: NoiseSource) -> Tensor:
-    """The latent that the row starts from, float32 [C, H, W] on the device.
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """What a row begins with, on the device: see `Row.state` (its first slot), `Row.inpaint`, `Row.condition`."""
 
-    The order of the draws is the reference's: sample of the init image, noise, then steps.
+    latent_CHW: Tensor
+    inpaint: Inpaint | None = None
+    condition: Tensor | None = None
+
+
+def start(model: Model, row: Row, noise: NoiseSource) -> Start:
+    """What the row begins with, float32. Raises NonFinite for a second pass over what is not finite.
+
+    The order of the draws is the reference's: sample of the picture that is started from, noise, sample of the picture
+    that is kept; then steps. Inpainting at strength 1 starts from noise alone, and so does every row without a picture.
     """
-    request, table = row.request, row.table
-    shape = (model.latent_channels, row.lane.height // model.factor, row.lane.width // model.factor)
-    if request.init_image is None:
-        return noise.draw(shape).to(model.device) * table.init_noise_scale
-    pixels_3HW = _as_pixels(request.init_image, row.lane.height, row.lane.width)
-    latent_CHW = encode_picture(model, pixels_3HW, noise.draw(shape))
-    return latent_CHW * table.init_image_scale + noise.draw(shape).to(model.device) * table.add_noise_scale
+    clean_CHW = _clean(model, row, noise)
+    noise_CHW = noise.draw(_shape(model, row)).to(model.device)
+    if clean_CHW is None or _from_noise(model, row):
+        latent_CHW = noise_CHW * row.table.init_noise_scale
+    else:
+        latent_CHW = clean_CHW * row.table.init_image_scale + noise_CHW * row.table.add_noise_scale
+    if model.inpainting:
+        return Start(latent_CHW, condition=_condition(model, row, noise))
+    if row.request.mask is None:
+        return Start(latent_CHW)
+    return Start(latent_CHW, inpaint=Inpaint(_kept_mask(model, row), _kept(model, row, noise, clean_CHW), noise_CHW))
 
 
-def _as_pixels(image: npt.NDArray[np.uint8], height: int, width: int) -> Tensor:
-    """uint8 [H, W, 3] of any size -> float32 [3, height, width] in [-1, 1], resized as the reference does."""
-    picture = Image.fromarray(image)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def _shape(model: Model, row: Row) -> tuple[int, int, int]:
+    return model.latent_channels, row.lane.height // model.factor, row.lane.width // model.factor
+
+
+def _from_noise(model: Model, row: Row) -> bool:
+    """Whether a picture given plays no part in x. A U-Net for inpainting takes no mask for a mask of all."""
+    inpainted = model.inpainting or row.request.mask is not None
+    return inpainted and row.request.strength == 1.0 and row.first_pass is None
+
+
+def _clean(model: Model, row: Row, noise: NoiseSource) -> Tensor | None:
+    """The latent that the row starts from; None where only noise is needed, and then nothing is drawn."""
+    if row.first_pass is not None:
+        return _enlarged(model, row, row.first_pass, noise)
+    if row.request.init_image is None or (model.inpainting and _from_noise(model, row)):
+        return None
+    return encode_picture(model, _init_picture(row), noise.draw(_shape(model, row)))
+
+
+def _enlarged(model: Model, row: Row, first_CHW: Tensor, noise: NoiseSource) -> Tensor:
+    """The first pass at the second's size: its latent bilinearly (nothing is drawn), or its picture by Lanczos."""
+    _check_finite(first_CHW)
+    shape = _shape(model, row)
+    if row.request.upscale_by == "latent":
+        return F.interpolate(first_CHW[None], shape[1:], mode="bilinear", align_corners=False, antialias=False)[0]
+    picture_BCHW = decode_latents(model, first_CHW[None])
+    _check_finite(picture_BCHW)
+    larger = fit(rounded(picture_BCHW)[0].numpy(), row.lane.height, row.lane.width)
+    return encode_picture(model, _as_pixels(larger), noise.draw(shape))
+
+
+def _check_finite(x: Tensor) -> None:
+    # Rounded to 256 levels, NaN would be an ordinary black, and the second pass would draw on it.
+    if not bool(x.isfinite().all()):
+        raise NonFinite("the picture of the first pass is not finite: try float32, or less guidance")
+
+
+def _kept(model: Model, row: Row, noise: NoiseSource, clean_CHW: Tensor | None) -> Tensor:
+    """The latent of the picture whose unmasked part is kept.
+
+    In the first pass that is the one started from; the reference encodes the masked picture too and does not use it,
+    so a draw is skipped. In the second it is the init image again, at the larger size: its detail is not lost.
+    """
+    sample_CHW = noise.draw(_shape(model, row))
+    if row.first_pass is None:
+        assert clean_CHW is not None, "a mask comes with an init image"
+        return clean_CHW
+    return encode_picture(model, _init_picture(row), sample_CHW)
+
+
+def _kept_mask(model: Model, row: Row) -> Tensor:
+    """float32 [1, h, w]: hard, one pixel for its cell, as the reference's; a blurred one is soft, the mean of its cell."""
+    if not row.request.mask_blur:
+        return _hard(_mask(row))[:, :: model.factor, :: model.factor].to(model.device)
+    soft_1HW = torch.from_numpy(_mask(row)).float()[None] / 255
+    return F.avg_pool2d(soft_1HW, model.factor).to(model.device)
+
+
+def _condition(model: Model, row: Row, noise: NoiseSource) -> Tensor:
+    """float32 [1 + C, h, w]: the hard mask, and the latent of the picture with grey where it is drawn anew.
+
+    Without a mask (txt2img, img2img) all is drawn anew.
+    """
+    hard_1HW = torch.ones(1, row.lane.height, row.lane.width) if row.request.mask is None else _hard(_mask(row))
+    masked_3HW = torch.zeros(3, *hard_1HW.shape[1:])
+    if row.request.init_image is not None:
+        masked_3HW = _init_picture(row) * (1 - hard_1HW)
+    masked_CHW = encode_picture(model, masked_3HW, noise.draw(_shape(model, row)))
+    return torch.cat([hard_1HW[:, :: model.factor, :: model.factor].to(masked_CHW), masked_CHW])
+
+
+def _mask(row: Row) -> Pixels:
+    """The mask at the size that is drawn; its blur grows with the picture."""
+    request = row.request
+    assert request.mask is not None
+    scale = request.upscale if row.first_pass is not None and request.upscale is not None else 1.0
+    return fit_mask(request.mask, row.lane.height, row.lane.width, request.resize, request.mask_blur * scale)
+
+
+def _hard(mask: Pixels) -> Tensor:
+    return torch.from_numpy(mask >= _DRAWN_ANEW).float()[None]
+
+
+def _init_picture(row: Row) -> Tensor:
+    request = row.request
+    assert request.init_image is not None
+    return _as_pixels(fit(request.init_image, row.lane.height, row.lane.width, request.resize))
+
+
+def _as_pixels(image: Pixels) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,42 @@
+"""The passes of a request: one, or two where it asks for more than it first draws (`Request.upscale`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sd_engine.request import Request
+from sd_engine.row import Lane, Row
+from sd_engine.samplers import StepTable, step_table
+
+if TYPE_CHECKING:
+    from sd_engine.model import Model
+
+
+def first_row(id: int, request: Request, model_name: str, model: Model) -> Row:
+    """The row of a new request, with the row of its second pass at hand.
+
+    Raises InvalidRequest for what the model cannot lay out or draw, of either pass.
+    """
+    size = request.size(*model.size)
+    strength = None if request.init_image is None else request.strength
+    row = Row(id, request, Lane(model_name, *size), _table(request, model, request.steps, strength))
+    if request.upscale is not None:
+        table = _table(request, model, request.upscale_steps or request.steps, request.upscale_strength)
+        row.second = Row(id, request, Lane(model_name, *request.larger(*size)), table, steps_before=len(row.table))
+    return row
+
+
+def second_row(row: Row) -> Row | None:
+    """The row that goes on where this one is through with its first pass; None where it has ended.
+
+    It has the same id, and the same source of noise: its draws go on.
+    """
+    if row.second is None or not row.done or row.cancelled or row.error is not None:
+        return None
+    assert row.latent is not None, "a row that is done has a latent"
+    row.second.noise, row.second.first_pass = row.noise, row.latent.clone()
+    return row.second
+
+
+def _table(request: Request, model: Model, steps: int, strength: float | None) -> StepTable:
+    return step_table(request.sampler, model.schedule, steps, strength)
