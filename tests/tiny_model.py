@@ -52,14 +52,18 @@ def make_tiny_model(
     prediction: str = "epsilon",
     sample_size: int = 8,
     linear_projection: bool = False,
+    in_channels: int = 4,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a diffusers folder with random weights: pictures of 8 x `sample_size` pixels, factor 8. Returns it."""
+    """Write a diffusers folder with random weights: pictures of 8 x `sample_size` pixels, factor 8. Returns it.
+
+    in_channels: 9 makes an inpainting U-Net.
+    """
     write_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder, unet, vae = _text_encoder(), _unet(sample_size, linear_projection), _vae()
+        text_encoder, unet, vae = _text_encoder(), _unet(sample_size, linear_projection, in_channels), _vae()
     modules: tuple[nn.Module, ...] = (text_encoder, unet, vae)
     for i, module in enumerate(modules):
         randomize(module, seed + i)
@@ -95,8 +99,9 @@ def _text_encoder() -> Any:
     )
 
 
-def _unet(sample_size: int, linear_projection: bool) -> Any:
+def _unet(sample_size: int, linear_projection: bool, in_channels: int) -> Any:
     return UNet2DConditionModel(
+        in_channels=in_channels,
         sample_size=sample_size,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
