@@ -103,10 +103,10 @@ def _kept(model: Model, row: Row, noise: NoiseSource, clean_CHW: Tensor | None) 
 
 
 def _kept_mask(model: Model, row: Row) -> Tensor:
-    """float32 [1, h, w]: hard, a pixel for its cell, as the reference's; a blurred one is soft, the mean of its cell."""
+    """float32 [1, h, w]: hard, a pixel for its cell, as the reference's; blurred it is soft, the mean of its cell."""
     if not row.request.mask_blur:
         return _hard(_mask(row))[:, :: model.factor, :: model.factor].to(model.device)
-    soft_1HW = torch.from_numpy(_mask(row)).float()[None] / 255
+    soft_1HW = torch.from_numpy(_mask(row) / np.float32(255))[None]
     return F.avg_pool2d(soft_1HW, model.factor).to(model.device)
 
 
