@@ -42,13 +42,16 @@ class Packer:
 
     Fair: the lane that was packed longest ago goes next; within it rows step in rotation. With L lanes holding
     admitted rows, each lane steps at least once in L packs. Waiting rows are never overtaken within their lane.
+
+    max_unet_rows: the U-Net rows that packs are padded to (`Engine(deterministic=True)`); None: they are not.
     """
 
-    def __init__(self, max_units: int, max_rows: int = DEFAULT_MAX_ROWS) -> None:
+    def __init__(self, max_units: int, max_rows: int = DEFAULT_MAX_ROWS, *, max_unet_rows: int | None = None) -> None:
         if max_units < 1 or max_rows < 1:
             raise ValueError(f"max_units={max_units}, max_rows={max_rows}: each must be at least 1")
         self.max_units = max_units
         self.max_rows = max_rows
+        self.max_unet_rows = max_unet_rows
         self._lanes: dict[Lane, _Queues] = {}
         self._limits: dict[Lane, int] = {}
         self._rows: dict[int, Row] = {}

@@ -1,0 +1,132 @@
+"""A pack that does not fit is halved, the lane remembers it, and no picture knows; only a row that fits nowhere fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sd_engine import Engine, Model, Request, load_model
+from sd_engine.errors import OutOfMemory
+from sd_engine.halving import is_out_of_memory
+from sd_engine.row import Lane
+from sd_engine.unet import UNet
+
+REQUESTS = tuple(
+    Request("red cat", seed=seed, steps=4, sampler=sampler, guidance=5.0, width=64, height=64)
+    for seed, sampler in enumerate(("euler_a", "ddpm", "dpmpp_2m", "ddim"))
+)
+LANE = Lane("tiny", 64, 64)
+
+
+class SmallDevice:
+    """A U-Net on a device whose memory holds `fits` U-Net rows and no more; it fails as PyTorch does."""
+
+    def __init__(self, unet: UNet, fits: int) -> None:
+        self._forward = unet.forward
+        self.fits = fits
+        self.refused: list[int] = []
+        self.stepped: list[int] = []
+
+    def __call__(self, x: Tensor, t: Tensor, context: object) -> Tensor:
+        if len(x) > self.fits:
+            self.refused.append(len(x))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        self.stepped.append(len(x))
+        return self._forward(x, t, context)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Model:
+    return load_model(tiny_folder)
+
+
+def test_a_pack_out_of_memory_is_halved_and_every_picture_is_what_it_would_have_been(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Engine(model).render(REQUESTS)
+    device = SmallDevice(model.unet, fits=4)
+    monkeypatch.setattr(model.unet, "forward", device)
+    pictures = Engine(model).render(REQUESTS)
+    assert device.refused, "the device was never too small: nothing was tested"
+    for picture, wanted in zip(pictures, undisturbed, strict=True):
+        # One level of 256: another batch size is another order of addition (`test_packing.ONE_LEVEL`).
+        assert np.abs(picture.astype(int) - wanted.astype(int)).max() <= 1
+
+
+def test_the_lane_remembers_what_did_not_fit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SmallDevice(model.unet, fits=4)
+    monkeypatch.setattr(model.unet, "forward", device)
+    engine = Engine(model)
+    engine.render(REQUESTS)
+    assert device.refused == [8], "only the first step tried what does not fit"
+    engine.render(REQUESTS)
+    assert device.refused == [8], "nor did a later job of the same lane"
+    assert engine.packer.limit(LANE) == 4 * LANE.cells
+    assert engine.packer.limit(Lane("tiny", 64, 128)) == engine.packer.max_units, "another lane has its own limit"
+
+
+def test_a_row_that_does_not_fit_alone_fails_in_a_sentence_and_its_neighbours_do_not(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.unet, "forward", SmallDevice(model.unet, fits=1))
+    engine = Engine(model)
+    guided = engine.add(REQUESTS[0])
+    unguided = engine.add(Request("cat", guidance=None, steps=2, width=64, height=64))
+    endings = {}
+    while not engine.idle:
+        endings |= {finished.id: finished for finished in engine.step()}
+    assert isinstance(endings[guided].error, OutOfMemory)
+    assert "64 x 64" in str(endings[guided].error) and "offload" in str(endings[guided].error)
+    assert endings[unguided].error is None
+
+
+def test_a_step_that_fails_after_drawing_its_noise_does_not_draw_it_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second row's noise does not fit on the device; the first row's was drawn already, and must not be lost."""
+    request = Request("cat", seed=3, steps=3, sampler="euler_a", guidance=None, width=64, height=64)
+    (alone,) = Engine(model).render([request])
+    engine = Engine(model)
+    first, second = engine.add(request), engine.add(request)
+    engine.step()
+    row = engine._rows[second]
+    assert row.noise is not None
+    draw, failures = row.noise.draw, iter([True])
+
+    def fails_once(shape: tuple[int, ...]) -> Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no room for the noise")
+        return draw(shape)
+
+    monkeypatch.setattr(row.noise, "draw", fails_once)
+    endings = {}
+    while not engine.idle:
+        endings |= {finished.id: finished.image for finished in engine.step()}
+    for id in (first, second):
+        image = endings[id]
+        assert image is not None
+        assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("expected scalar type Half but found Float"), False),
+    ],
+)
+def test_only_want_of_memory_is_taken_for_it(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_cpus_own_refusal_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
