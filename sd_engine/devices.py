@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -10,26 +11,28 @@ from sd_engine.errors import InvalidDevice
 
 DEVICES = "auto, cpu, mps, cuda or cuda:N"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PREFERRED = ("cuda", "mps", "cpu")
 
 
-def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """A device of this machine by its name; `auto`: cuda, then mps, then cpu.
+def devices_here() -> list[str]:
+    """This machine's devices: `cpu`, `mps`, `cuda:0`, ... Makes no CUDA context in this process."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *["mps"] * torch.backends.mps.is_available(), *gpus]
 
-    Raises InvalidDevice for what is no device, and for one that this machine does not have.
+
+def pick_device(name: str | torch.device = "auto", here: Sequence[str] | None = None) -> torch.device:
+    """A device by its name; `auto`: cuda, then mps, then cpu. here: what there is, None for this machine's.
+
+    Raises InvalidDevice for what is no device, and for one that is not here.
     """
+    here = devices_here() if here is None else here
     name = str(name)
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps(:0)?|cuda(:[0-9]{1,3})?", name):
-        raise InvalidDevice("device", name, DEVICES, f"this machine has {_here()}")
-    kind, _, number = name.partition(":")
-    there = {
-        "cpu": True,
-        "mps": torch.backends.mps.is_available(),
-        "cuda": int(number or 0) < torch.cuda.device_count(),
-    }
-    if not there[kind]:
-        raise InvalidDevice("device", name, f"this machine has {_here()}", "choose one of them, or auto")
+        name = next(kind for kind in _PREFERRED if any(device.startswith(kind) for device in here))
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
+        raise InvalidDevice("device", name, DEVICES, f"this machine has {', '.join(here)}")
+    if name not in here and f"{name}:0" not in here:
+        raise InvalidDevice("device", name, f"this machine has {', '.join(here)}", "choose one of them, or auto")
     return torch.device(name)
 
 
@@ -47,9 +50,3 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidDevice("dtype", name, "auto, " + ", ".join(DTYPES))
     return dtype
-
-
-def _here() -> str:
-    """This machine's devices in words: 'cpu, cuda:0, cuda:1'."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    return ", ".join(["cpu", *["mps"] * torch.backends.mps.is_available(), *gpus])

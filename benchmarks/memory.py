@@ -1,0 +1,125 @@
+"""How much of a device's memory one guided picture takes, in each mode of offload and each dtype.
+
+    python -m benchmarks.memory
+
+Prints a table and writes `benchmarks/results/memory.json`. Nothing is computed: the engine's own code runs at full size
+(SD 1.5, random shapes' worth of weights, 512 x 512) on PyTorch's `meta` device while the living tensors are added up.
+Not in the numbers: the CUDA context (some hundred MB), the kernels' own workspaces, and what the allocator keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accounting import META, FusedAttention, LiveBytes, Phases
+from sd_engine import Engine, Model, Request, shipped_model
+from sd_engine.clip import ClipTextEncoder
+from sd_engine.devices import DTYPES
+from sd_engine.model import SD1, Configs
+from sd_engine.offload import OFFLOADS, Offload, resting_device
+from sd_engine.tokenizer import Tokenizer
+from sd_engine.unet import UNet
+from sd_engine.vae import Vae
+
+MB = 1024 * 1024
+PHASES = {"prepare": "texts", "denoise": "U-Net step", "decode": "decode"}
+
+
+def empty_model(configs: Configs, dtype: torch.dtype, offload: Offload) -> Model:
+    """A model that computes on `meta`; what waits at home has storages on the CPU that nobody ever touches."""
+    words = Tokenizer.from_folder(shipped_model() / "tokenizer", max_tokens=configs.text.max_tokens)
+    with META:
+        text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
+    model = Model("empty", words, text_encoder, unet, vae, configs.schedule, META, dtype, offload)
+    for component, module in model.modules.items():
+        module.to(dtype).to_empty(device=resting_device(component, META, offload)).requires_grad_(False)
+    return model
+
+
+def measure(
+    configs: Configs, dtype: torch.dtype, offload: Offload, *, side: int, pictures: int = 1, fused: bool = True
+) -> dict[str, int]:
+    """Draw pictures of side x side with guidance, one step -> bytes on the device: at rest, and the peak of each phase.
+
+    fused: attention without the matrix of scores. Raises the error that a picture ended with.
+    """
+    model = empty_model(configs, dtype, offload)
+    meter = LiveBytes()
+    for module in model.modules.values():
+        for parameter in module.parameters():
+            meter.see(parameter.data)
+    at_rest = meter.live
+    # The limit of a pack is about speed here: all pictures are to share it.
+    engine = Engine(model, max_units=2 * pictures * side * side)
+    engine.runner = Phases(engine.runner, meter)  # type: ignore[assignment]
+    with ExitStack() as stack:
+        stack.enter_context(meter)
+        if fused:
+            stack.enter_context(FusedAttention())
+        requests = [Request("a red star", steps=1, width=side, height=side)] * pictures
+        engine.render(requests)
+    peaks = {PHASES[name]: peak for name, peak in meter.peaks.items()}
+    return {"at rest": at_rest, **peaks, "peak": meter.peak}
+
+
+def table(*, side: int, pictures: int, fused: bool) -> list[dict[str, Any]]:
+    """One line for each dtype and mode."""
+    return [
+        {"dtype": name, "offload": offload}
+        | measure(SD1, DTYPES[name], offload, side=side, pictures=pictures, fused=fused)
+        for name in ("fp16", "fp32")
+        for offload in OFFLOADS
+    ]
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    """Print the table, in MB."""
+    columns = ["at rest", *PHASES.values(), "peak"]
+    print(f"{'dtype':6}{'offload':12}" + "".join(f"{column + ', MB':>16}" for column in columns))
+    for line in lines:
+        print(f"{line['dtype']:6}{line['offload']:12}" + "".join(f"{line[column] / MB:16.0f}" for column in columns))
+
+
+def where() -> Mapping[str, str]:
+    """What the numbers were made with."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": "meta (counted, not run)",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--pictures", type=int, default=1, help="pictures of one pack")
+    parser.add_argument("--plain-attention", action="store_true", help="count the matrix of scores, too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    args = parser.parse_args()
+    lines = table(side=args.side, pictures=args.pictures, fused=not args.plain_attention)
+    show(lines)
+    asked = {
+        "model": "SD 1.5",
+        "side": args.side,
+        "pictures": args.pictures,
+        "guided": True,
+        "attention": "plain" if args.plain_attention else "fused",
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(asked | {"bytes": lines} | where(), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
