@@ -7,8 +7,6 @@ reference's picture; `fit` says where ours differs.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from pathlib import Path
 from typing import Final
 
@@ -29,18 +27,6 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
 _WHITE: Final = (255, 255, 255, 255)
 _LANCZOS: Final = Image.Resampling.LANCZOS
-# What Pillow's decoders raise for bytes that are no whole picture; a bomb's warning is an error in some processes.
-_BROKEN: Final = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    KeyError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombWarning,
-    Image.DecompressionBombError,
-)
 
 
 def read_picture(source: Path | bytes, name: str = "init_image") -> Pixels:
@@ -136,12 +122,12 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
                 found = f"{image.width} x {image.height} pixels"
                 raise InvalidRequest(name, found, f"at most {MAX_PIXELS} pixels in all", "send a smaller image")
             return _eight_bits(ImageOps.exif_transpose(image))
-    except InvalidRequest:  # a ValueError too
+    except (InvalidRequest, MemoryError):
         raise
     except UnidentifiedImageError as error:
         allowed = f"one of {', '.join(FORMATS)}"
         raise InvalidRequest(name, f"{len(data)} bytes of something else", allowed, "convert it") from error
-    except _BROKEN as error:
+    except Exception as error:  # a broken file makes Pillow's parsers raise whatever they stumble over, TypeError too
         found = f"{len(data)} bytes that cannot be decoded ({error})"
         raise InvalidRequest(name, found, f"a whole {', '.join(FORMATS)} image", "send the file again") from error
 
