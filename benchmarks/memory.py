@@ -26,7 +26,7 @@ from sd_engine import Engine, Model, Request, shipped_model
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.devices import DTYPES
 from sd_engine.model import SD1, Configs
-from sd_engine.offload import OFFLOADS, Offload, resting_device
+from sd_engine.offload import OFFLOADS, Offload, Place
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
@@ -41,8 +41,9 @@ def empty_model(configs: Configs, dtype: torch.dtype, offload: Offload) -> Model
     with META:
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
     model = Model("empty", words, text_encoder, unet, vae, configs.schedule, META, dtype, offload)
+    place = Place(META, dtype, offload)
     for component, module in model.modules.items():
-        module.to(dtype).to_empty(device=resting_device(component, META, offload)).requires_grad_(False)
+        module.to(dtype).to_empty(device=place.at_rest(component)[0]).requires_grad_(False)
     return model
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from sd_engine.devices import pick_device, pick_dtype
 from sd_engine.errors import InvalidDevice
 
 Component = Literal["text_encoder", "unet", "vae"]
@@ -27,15 +29,31 @@ _WAITING: Mapping[Offload, tuple[Component, ...]] = {
 }
 
 
-def check_offload(offload: str) -> None:
-    """Raise InvalidDevice for a mode that does not exist."""
-    if offload not in OFFLOADS:
-        raise InvalidDevice("offload", offload, ", ".join(OFFLOADS))
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The device and the dtype that a model computes in, and its mode of offload."""
+
+    device: torch.device
+    dtype: torch.dtype
+    offload: Offload
+
+    @classmethod
+    def pick(cls, device: str | torch.device, dtype: str | torch.dtype, offload: str) -> Place:
+        """From names. Raises InvalidDevice for what does not exist, and for a device that is not here."""
+        picked = pick_device(device)
+        return cls(picked, pick_dtype(dtype, picked), check_offload(offload))
+
+    def at_rest(self, component: Component) -> tuple[torch.device, torch.dtype]:
+        """Where and in which dtype a component's weights are while nobody works with them: there they are loaded."""
+        return _HOME if component in _WAITING[self.offload] else self.device, self.dtype
 
 
-def resting_device(component: Component, device: torch.device, offload: Offload) -> torch.device:
-    """Where a component's weights are loaded to, and are while nobody works with them."""
-    return _HOME if component in _WAITING[offload] else device
+def check_offload(name: str) -> Offload:
+    """The mode of that name. Raises InvalidDevice for one that does not exist."""
+    for offload in OFFLOADS:
+        if name == offload:
+            return offload
+    raise InvalidDevice("offload", name, ", ".join(OFFLOADS))
 
 
 class Visitor:

@@ -19,6 +19,7 @@ from sd_engine.clip import ClipTextEncoder
 from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
 from sd_engine.model import SD1, Configs, Model
+from sd_engine.offload import Place, pin
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tensorfile import fill, listed, opened
 from sd_engine.tokenizer import Tokenizer
@@ -34,40 +35,42 @@ Config = TypeVar("Config")
 def load_model(
     path: Path | str,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = "auto",
     *,
     tokenizer: Path | str | None = None,
     configs: Configs = SD1,
+    offload: str = "resident",
 ) -> Model:
     """Load a diffusers folder, or a single-file `.safetensors` checkpoint with the original (LDM) names.
 
     A single file has no tokenizer and does not say what it is made of: `tokenizer` is a folder with `vocab.json` and
     `merges.txt` (none given: `tokenizer/` beside the file), and `configs` describes the model. A folder has both.
-    Raises WeightsError: what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
+    Raises InvalidDevice for a device, dtype or mode of offload that does not exist or is not here, and WeightsError:
+    what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
     """
-    path, device = Path(path), torch.device(device)
+    path, place = Path(path), Place.pick(device, dtype, offload)
     if path.is_dir():
-        return _load_folder(path, device, dtype)
+        return _load_folder(path, place)
     if not path.exists():
         raise WeightsError(f"there is no model at {path}; give a diffusers folder or a .safetensors checkpoint")
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path} is neither a folder nor a .safetensors file; convert the checkpoint to safetensors")
-    return _load_checkpoint(path, device, dtype, _tokenizer_folder(path, tokenizer), configs)
+    return _load_checkpoint(path, place, _tokenizer_folder(path, tokenizer), configs)
 
 
-def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+def _load_folder(folder: Path, place: Place) -> Model:
     _check_pipeline(folder)
     configs = _read_configs(folder)
-    model = _empty_model(folder.name, folder / "tokenizer", configs, device, dtype)
-    for component, module in _modules(model).items():
+    model = _empty_model(folder.name, folder / "tokenizer", configs, place)
+    for component, module in model.modules.items():
         with opened(_weights_file(folder / component)) as file:
             names = {key: key for key in file.keys}
-            fill(module, file, names, keymaps.DIFFUSERS[component], (device, dtype))
+            fill(module, file, names, keymaps.DIFFUSERS[component], place.at_rest(component))
     return _ready(model)
 
 
-def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, tokenizer: Path, configs: Configs) -> Model:
-    model = _empty_model(path.stem, tokenizer, configs, device, dtype)
+def _load_checkpoint(path: Path, place: Place, tokenizer: Path, configs: Configs) -> Model:
+    model = _empty_model(path.stem, tokenizer, configs, place)
     with opened(path) as file:
         keys = [key for key in file.keys if not keymaps.is_ldm_leftover(key)]
         strangers = [key for key in keys if not key.startswith(tuple(keymaps.LDM_PREFIXES.values()))]
@@ -76,14 +79,14 @@ def _load_checkpoint(path: Path, device: torch.device, dtype: torch.dtype, token
                 f"{path} is not an SD 1.x checkpoint with the original names: {listed('unexpected', strangers)}"
             )
         maps = keymaps.ldm(configs.unet, configs.vae)
-        for component, module in _modules(model).items():
+        for component, module in model.modules.items():
             prefix = keymaps.LDM_PREFIXES[component]
             names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-            fill(module, file, names, maps[component], (device, dtype))
+            fill(module, file, names, maps[component], place.at_rest(component))
     return _ready(model)
 
 
-def _empty_model(name: str, tokenizer: Path, configs: Configs, device: torch.device, dtype: torch.dtype) -> Model:
+def _empty_model(name: str, tokenizer: Path, configs: Configs, place: Place) -> Model:
     """The model with its modules on `meta`."""
     words = Tokenizer.from_folder(tokenizer, max_tokens=configs.text.max_tokens)
     if words.vocab_size > configs.text.vocab_size:
@@ -93,16 +96,13 @@ def _empty_model(name: str, tokenizer: Path, configs: Configs, device: torch.dev
         )
     with torch.device("meta"):
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
-    return Model(name, words, text_encoder, unet, vae, configs.schedule, device, dtype)
-
-
-def _modules(model: Model) -> dict[str, torch.nn.Module]:
-    return {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
+    return Model(name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload)
 
 
 def _ready(model: Model) -> Model:
-    for module in _modules(model).values():
+    for module in model.modules.values():
         module.eval().requires_grad_(False)
+    pin(model.modules, model.device, model.offload)
     return model
 
 

@@ -21,6 +21,9 @@ from worker.reasons import BrokerUnavailable
 
 MAX_SECONDS = 86400.0  # beyond a day it is a slip, and somewhere more than a clock can count
 USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
+#: As the engine has them; named here again, because help must not wait for torch.
+DTYPES = ("auto", "fp32", "fp16", "bf16")
+OFFLOADS = ("resident", "idle", "sequential")
 #: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
 #: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
 WRONG_SETTINGS, UNAVAILABLE, BROKEN = 1, 69, 70
@@ -45,10 +48,28 @@ def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any
 Examples:
   nightshift worker
   nightshift worker --device cuda:1 --concurrency 32
-  nightshift worker --device all --json          (one process per GPU)"""
+  nightshift worker --device all --json          (one process per GPU)
+  nightshift worker --dtype fp16 --offload idle  (SD 1.5 on a card of 4 GB)"""
 )
 @click.option(
     "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="of weights and activations; auto: fp16 on CUDA, else fp32",
+)
+@click.option(
+    "--offload",
+    type=click.Choice(OFFLOADS),
+    default="resident",
+    show_default=True,
+    help="idle: text encoder and VAE wait on the CPU; sequential: the U-Net too, layer by layer (slow, least memory)",
+)
+@click.option(
+    "--deterministic", is_flag=True, help="packs of a fixed size: on a CPU, neighbours change no bit of a picture"
 )
 @click.option(
     "--concurrency",
@@ -90,12 +111,11 @@ def _work(
     device: str,
     *,
     concurrency: int,
-    max_units: int | None,
-    threads: int | None,
     until_empty: bool,
     lease_seconds: float,
     heartbeat_seconds: float | None,
     grace_seconds: float,
+    **torch_options: Any,
 ) -> int:
     from jobs.settings import Settings
     from worker.preflight import open_services
@@ -115,8 +135,9 @@ def _work(
         grace_s=grace_seconds,
         until_empty=until_empty,
     )
-    torch_options = TorchOptions(device, max_units, threads)
-    return run(services, settings, options, lambda: open_workshop(settings.models, torch_options))
+    return run(
+        services, settings, options, lambda: open_workshop(settings.models, TorchOptions(device, **torch_options))
+    )
 
 
 def _supervise(params: Mapping[str, Any]) -> int:

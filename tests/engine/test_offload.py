@@ -21,7 +21,7 @@ from benchmarks.memory import empty_model
 from sd_engine import Engine, Model, Request, load_model
 from sd_engine.errors import InvalidDevice
 from sd_engine.model import Configs
-from sd_engine.offload import OFFLOADS, Component, Offload, Visitor, resting_device
+from sd_engine.offload import OFFLOADS, Component, Offload, Place, Visitor
 
 CPU = torch.device("cpu")
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "vae")
@@ -46,7 +46,7 @@ def test_no_bit_of_a_picture_depends_on_the_mode(tiny_folder: Path, tiny: Model,
         Request("a cat", seed=3, steps=4, init_image=GREY),
     ]
     expected = Engine(tiny).render(requests)
-    pictures = Engine(replace(load_model(tiny_folder), offload=offload)).render(requests)
+    pictures = Engine(load_model(tiny_folder, offload=offload)).render(requests)
     for picture, other in zip(pictures, expected, strict=True):
         np.testing.assert_array_equal(picture, other)
 
@@ -56,7 +56,7 @@ def test_after_loading_and_between_pictures_only_what_must_be_is_on_the_device(
     configs: Configs, offload: Offload
 ) -> None:
     model = empty_model(configs, torch.float32, offload)
-    at_rest = {component: resting_device(component, META, offload) for component in COMPONENTS}
+    at_rest = _at_rest(offload)
     homes = [id(parameter) for module in model.modules.values() for parameter in module.parameters()]
     for request in (Request("a red cat", steps=2), Request("a cat", steps=3, init_image=GREY)):
         assert _places(model) == {component: {device} for component, device in at_rest.items()}
@@ -68,8 +68,7 @@ def test_after_loading_and_between_pictures_only_what_must_be_is_on_the_device(
 
 def test_what_waits_in_each_mode() -> None:
     waiting = {
-        offload: [component for component in COMPONENTS if resting_device(component, META, offload) == CPU]
-        for offload in OFFLOADS
+        offload: [component for component, device in _at_rest(offload).items() if device == CPU] for offload in OFFLOADS
     }
     assert waiting == {"resident": [], "idle": ["text_encoder", "vae"], "sequential": ["text_encoder", "unet", "vae"]}
 
@@ -147,6 +146,10 @@ def test_an_unknown_mode_is_refused_with_those_that_are(tiny: Model) -> None:
     with pytest.raises(InvalidDevice) as caught:
         replace(tiny, offload="lazy")  # type: ignore[arg-type]
     assert str(caught.value) == "offload='lazy' is not allowed: resident, idle, sequential"
+
+
+def _at_rest(offload: Offload) -> dict[Component, torch.device]:
+    return {component: Place(META, torch.float32, offload).at_rest(component)[0] for component in COMPONENTS}
 
 
 def _places(model: Model) -> Mapping[Component, set[torch.device]]:
