@@ -24,9 +24,9 @@ USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
 #: As the engine has them; named here again, because help must not wait for torch.
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 OFFLOADS = ("resident", "idle", "sequential")
-#: Exit codes: 1 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
+#: Exit codes: 2 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
 #: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
-WRONG_SETTINGS, UNAVAILABLE, BROKEN = 1, 69, 70
+WRONG_SETTINGS, UNAVAILABLE, BROKEN = 2, 69, 70
 
 
 def _device(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -49,7 +49,8 @@ Examples:
   nightshift worker
   nightshift worker --device cuda:1 --concurrency 32
   nightshift worker --device all --json          (one process per GPU)
-  nightshift worker --dtype fp16 --offload idle  (SD 1.5 on a card of 4 GB)"""
+  nightshift worker --dtype fp16 --offload idle --max-units 16384
+                                                 (SD 1.5 on a card of 4 GB)"""
 )
 @click.option(
     "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"

@@ -66,8 +66,8 @@ def test_json_log_lines_are_one_object_each() -> None:
     [
         ("NIGHTSHIFT_BROKER_URL", "redis://127.0.0.1:1/0", 69, "the broker redis://127.0.0.1:1/0 does not answer"),
         ("NIGHTSHIFT_DATABASE_URL", "postgresql://u:hidden@127.0.0.1:1/x", 69, "does not answer"),
-        ("NIGHTSHIFT_DATABASE_URL", "mysql://host/x", 1, "NIGHTSHIFT_DATABASE_URL"),
-        ("NIGHTSHIFT_MODELS", "torn=/nowhere", 1, "no model can be loaded"),
+        ("NIGHTSHIFT_DATABASE_URL", "mysql://host/x", 2, "NIGHTSHIFT_DATABASE_URL"),
+        ("NIGHTSHIFT_MODELS", "torn=/nowhere", 2, "no model can be loaded"),
     ],
 )
 def test_what_keeps_a_worker_from_starting_is_told_in_a_sentence(
@@ -109,3 +109,19 @@ def test_a_folder_called_worker_where_somebody_stands_is_not_taken_for_ours(tmp_
     (tmp_path / "worker.py").write_text("raise SystemExit('a stranger')")
     ended = subprocess.run([*THIS_WORKER, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "choices"),
+    [("--dtype", "half", "auto, fp32, fp16, bf16"), ("--offload", "lazy", "resident, idle, sequential")],
+)
+def test_a_choice_that_is_none_is_refused_with_the_choices(option: str, value: str, choices: str) -> None:
+    answer = CliRunner().invoke(worker, [option, value])
+    assert answer.exit_code == 2
+    assert f"'{option}'" in answer.output and all(f"'{choice}'" in answer.output for choice in choices.split(", "))
+
+
+def test_the_children_of_the_supervisor_get_dtype_offload_and_fixed_packs() -> None:
+    params = {"device": "all", "dtype": "fp16", "offload": "idle", "deterministic": True}
+    command = child_command("cuda:0", params)
+    assert command[4:] == ["--device", "cuda:0", "--dtype", "fp16", "--offload", "idle", "--deterministic"]
