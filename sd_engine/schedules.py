@@ -2,7 +2,7 @@
 
 Everything here is numpy in float64 on the host. The reference is diffusers 0.42 (`scheduling_ddpm.py`,
 `scheduling_euler_discrete.py`, `scheduling_dpmsolver_multistep.py`); the Karras spacing is equation 5 of
-Karras et al. 2022 (arXiv 2206.00364).
+Karras et al. 2022 (arXiv 2206.00364), zero terminal SNR algorithm 1 of Lin et al. 2023 (arXiv 2305.08891).
 
 Words: `alphas_cumprod[t]` is the part of the variance that is still picture at timestep t. `sigma` is noise over
 picture, `sqrt((1 - alphas_cumprod) / alphas_cumprod)`, as in k-diffusion.
@@ -23,34 +23,32 @@ from sd_engine.errors import InvalidRequest, WeightsError
 
 Floats = npt.NDArray[np.float64]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 KARRAS_RHO: Final = 7.0
 
-# Settings of a `scheduler_config.json` that change the numbers, with the values that are built here. A file that
-# leaves one out means the first value. Whether sigmas are Karras spaced is the sampler's name, not the folder's.
+# What alphas_cumprod ends with where sigma must stay finite although the schedule ends in pure noise (zero terminal
+# SNR): the reference's number, the smallest positive half. Its sigma is 4096.
+LEAST_ALPHA: Final = 2.0**-24
+
+# Settings of a `scheduler_config.json` that change what the network is told or means, with the values that are built
+# here. A file that leaves one out means the first value. What only chooses a sampler or its order (algorithm_type,
+# solver_order, use_karras_sigmas, final_sigmas_type, ...) is not read: a request's sampler says it by name.
 _SUPPORTED: Final[Mapping[str, tuple[object, ...]]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction_type": ("epsilon", "v_prediction"),
+    "prediction_type": get_args(Prediction),
     "timestep_spacing": (None, *get_args(Spacing)),
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
+    "rescale_betas_zero_snr": (False, True),
     "clip_sample": (False,),
     "thresholding": (False,),
-    "variance_type": ("fixed_small", None),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "final_sigmas_type": ("zero",),
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (2,),
-    "solver_type": ("midpoint",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
+    "timestep_scaling": (10.0,),
 }
 
 
@@ -59,7 +57,10 @@ class NoiseSchedule:
     """The noise configuration that a model was trained with; the defaults are Stable Diffusion 1.x's.
 
     `spacing` None means that the folder does not say: then each sampler takes its reference's own default ("leading"
-    for DDPM and DDIM, "linspace" for the others), as `from_config` of the reference does.
+    for DDPM, DDIM and PNDM, "linspace" for the others), as `from_config` of the reference does. `set_alpha_to_one`
+    None likewise: True for DDIM, False for PNDM.
+    trained_betas: given one by one, instead of start, end and form. zero_snr: the last timestep is rescaled to pure
+    noise. lcm_steps: the steps of the schedule that a latent consistency model was distilled on.
     """
 
     train_steps: int = 1000
@@ -69,7 +70,10 @@ class NoiseSchedule:
     prediction: Prediction = "epsilon"
     spacing: Spacing | None = "leading"
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False
+    trained_betas: tuple[float, ...] | None = None
+    zero_snr: bool = False
+    lcm_steps: int = 50
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -81,6 +85,7 @@ class NoiseSchedule:
         for key, allowed in _SUPPORTED.items():
             if settings[key] not in allowed:
                 raise WeightsError(f"scheduler_config.json: {key}={settings[key]!r} is not supported; one of {allowed}")
+        to_one = config.get("set_alpha_to_one")
         return cls(
             train_steps=int(config.get("num_train_timesteps", 1000)),
             beta_start=float(config.get("beta_start", 0.0001)),
@@ -89,19 +94,24 @@ class NoiseSchedule:
             prediction=settings["prediction_type"],
             spacing=settings["timestep_spacing"],
             steps_offset=int(config.get("steps_offset", 0)),
-            set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
+            set_alpha_to_one=None if to_one is None else bool(to_one),
+            trained_betas=_given_betas(config),
+            zero_snr=settings["rescale_betas_zero_snr"],
+            lcm_steps=int(config.get("original_inference_steps", 50)),
         )
 
     @property
     def alphas_cumprod(self) -> Floats:
-        """float64 [train_steps], read only."""
+        """float64 [train_steps], falling, read only. The last is exactly 0 with zero_snr."""
         return _alphas_cumprod(self)
 
     @property
     def train_sigmas(self) -> Floats:
-        """Noise over picture at each training timestep, rising. float64 [train_steps]."""
-        # Rounded to float32 as in the reference, which rounds Karras timesteps: they must fall on the same side.
+        """Noise over picture at each training timestep, rising and finite. float64 [train_steps]."""
+        # Rounded to float32 as in the reference, which rounds timesteps found from them: ours must fall on its side.
         kept = self.alphas_cumprod.astype(np.float32)
+        if self.zero_snr:
+            kept[-1] = LEAST_ALPHA
         return np.asarray(np.sqrt((1 - kept) / kept), dtype=np.float64)
 
     def timesteps(self, steps: int, *, default: Spacing, spare: int = 0, whole: bool = True) -> Floats:
@@ -134,8 +144,11 @@ class NoiseSchedule:
 
     def sigma_to_t(self, sigmas: Floats) -> Floats:
         """The fractional timesteps of sigmas, linear in log sigma and held at the ends, as the reference does."""
-        train_logs = np.log(self.train_sigmas.astype(np.float32))
-        return np.interp(np.log(sigmas), train_logs, np.arange(self.train_steps))
+        # float32 logs and distances, because the reference truncates the result for some samplers.
+        known, wanted = np.log(self.train_sigmas.astype(np.float32)), np.log(np.maximum(sigmas, 1e-10))
+        low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
+        part = np.clip((known[low] - wanted) / (known[low] - known[low + 1]), 0, 1)
+        return np.asarray((1 - part) * low + part * (low + 1), dtype=np.float64)
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
@@ -144,24 +157,67 @@ def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
     return np.asarray((high + np.linspace(0, 1, steps) * (low - high)) ** KARRAS_RHO, dtype=np.float64)
 
 
+def exponential_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
+    """Falling sigmas, evenly spaced in log sigma. float64 [steps]."""
+    return np.asarray(np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)), dtype=np.float64)
+
+
+def _given_betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
+    betas = config.get("trained_betas")
+    if betas is None:
+        return None
+    count = int(config.get("num_train_timesteps", 1000))
+    if len(betas) != count or not all(0 < beta < 1 for beta in betas):
+        found = f"{len(betas)} numbers from {min(betas, default=None)} to {max(betas, default=None)}"
+        raise WeightsError(
+            f"scheduler_config.json: trained_betas={found} is not supported; "
+            f"num_train_timesteps={count} numbers between 0 and 1"
+        )
+    return tuple(map(float, betas))
+
+
 @lru_cache(maxsize=16)
 def _alphas_cumprod(schedule: NoiseSchedule) -> Floats:
     # Betas and alphas are rounded to float32 as the reference stores them: its sigma at timestep 0 differs from the
     # exact one by 2e-5 to 2e-4, and a model is trained and judged with the rounded numbers.
-    alphas = np.float32(1) - _betas(schedule)
-    kept = np.cumprod(alphas, dtype=np.float64).astype(np.float32).astype(np.float64)
+    betas = _betas(schedule)
+    kept = _product(np.float32(1) - (_without_last_signal(betas) if schedule.zero_snr else betas)).astype(np.float64)
     kept.setflags(write=False)
     return kept
 
 
+def _product(alphas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Each alpha times all before it: multiplied up in float64 as torch does, rounded to float32."""
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
+def _without_last_signal(betas: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Betas shifted and scaled so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1), in float32."""
+    signal = np.sqrt(_product(np.float32(1) - betas))
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    kept = signal**2
+    return np.float32(1) - np.concatenate([kept[:1], kept[1:] / kept[:-1]])
+
+
 def _betas(schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
     start, end, count = schedule.beta_start, schedule.beta_end, schedule.train_steps
-    betas: npt.NDArray[np.float32]
+    if schedule.trained_betas is not None:
+        return np.array(schedule.trained_betas, dtype=np.float32)
     if schedule.beta_schedule == "linear":
-        betas = np.linspace(start, end, count).astype(np.float32)
-    elif schedule.beta_schedule == "scaled_linear":
-        betas = np.linspace(math.sqrt(start), math.sqrt(end), count).astype(np.float32) ** 2
-    else:
-        kept = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = np.minimum(1 - kept[1:] / kept[:-1], 0.999).astype(np.float32)
-    return betas
+        return _evenly(start, end, count)
+    if schedule.beta_schedule == "scaled_linear":
+        return _evenly(math.sqrt(start), math.sqrt(end), count) ** 2
+    kept = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - kept[1:] / kept[:-1], 0.999).astype(np.float32)
+
+
+def _evenly(start: float, end: float, count: int) -> npt.NDArray[np.float32]:
+    """torch.linspace in float32 to the bit: one rounded step, counted from the nearer end.
+
+    numpy's differs in the last bit of every third number, and a timestep that is truncated later can fall a whole
+    step lower for that.
+    """
+    first, last, index = np.float32(start), np.float32(end), np.arange(count, dtype=np.float64)
+    step = float((last - first) / np.float32(max(count - 1, 1)))
+    rising, falling = float(first) + step * index, float(last) - step * (count - 1 - index)
+    return np.where(index < count // 2, rising, falling).astype(np.float32)
