@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self._peak = 0
         self.peaks: dict[str, int] = {}
         self.dtypes: set[torch.dtype] = set()

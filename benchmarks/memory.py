@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,7 +90,7 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(f"{line['dtype']:6}{line['offload']:12}" + "".join(f"{line[column] / MB:16.0f}" for column in columns))
 
 
-def where() -> Mapping[str, str]:
+def where() -> dict[str, str]:
     """What the numbers were made with."""
     return {
         "torch": torch.__version__,

@@ -186,7 +186,7 @@ class _HalfOperations(TorchDispatchMode):
     """Counts the operations that give a half precision tensor, by name, but for those inside a module."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.inside = False
 

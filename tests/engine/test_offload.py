@@ -164,7 +164,7 @@ class _Full(TorchDispatchMode):
     """A device whose memory runs out: after so many new tensors, no other."""
 
     def __init__(self, after: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.room = after
 
     def __torch_dispatch__(
