@@ -22,8 +22,9 @@ from jobs.errors import (
     StorageError,
     WaitTimeout,
 )
+from jobs.samplers import SAMPLERS
 from jobs.settings import Settings
-from jobs.spec import SAMPLERS, JobSpec
+from jobs.spec import JobSpec
 from jobs.states import State
 from jobs.views import JobView, Output
 

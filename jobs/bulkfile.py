@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadFile, FieldError, InvalidSpec
+from jobs.fields import ALLOWED, PICTURES
 from jobs.options import from_words
-from jobs.spec import ALLOWED, JobSpec, read_spec
+from jobs.spec import JobSpec, read_spec
+from jobs.spec_checks import NEEDS, with_stand_ins
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 
@@ -37,7 +39,7 @@ class _Raw:
 def read_bulk(path: Path, defaults: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of the file, good and bad. `defaults` are written values for fields that a row does not give.
 
-    Relative init_image paths are relative to the file. Raises BadFile.
+    Relative paths of pictures are relative to the file. Raises BadFile.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -58,18 +60,31 @@ def _checked(raws: Iterator[_Raw | Row], common: Mapping[str, str], folder: Path
 
 def _spec(raw: _Raw, common: Mapping[str, str], folder: Path) -> JobSpec:
     fields = dict(raw.fields)
-    missing = {field: value for field, value in common.items() if field not in fields}
-    if fields.get("init_image") is None and "init_image" not in missing:
-        missing.pop("strength", None)  # a common strength is meant for the rows that have a picture
+    missing = _fitting({field: value for field, value in common.items() if field not in fields}, fields)
     if raw.from_text:
         spec = read_spec(from_words({**missing, **fields}), from_text=True)
     else:
         # JSON has types, the common options have not: those are read from their written form first.
-        written = read_spec({"prompt": "-", "init_image": "-", **from_words(missing)}, from_text=True)
+        written = read_alone(missing)
         spec = read_spec({**{field: getattr(written, field) for field in missing}, **fields})
     # A path among the defaults is relative to where the command was typed, and stays as it is.
-    own_path = isinstance(spec.init_image, Path) and "init_image" in raw.fields
-    return spec.model_copy(update={"init_image": folder / spec.init_image}) if own_path else spec
+    own = [field for field in PICTURES if field in raw.fields and isinstance(getattr(spec, field), Path)]
+    return spec.model_copy(update={field: folder / getattr(spec, field) for field in own}) if own else spec
+
+
+def read_alone(common: Mapping[str, str]) -> JobSpec:
+    """A spec of these written fields and of what they need, to find their own mistakes. Raises InvalidSpec."""
+    return read_spec({"prompt": "-", **with_stand_ins(from_words(common))}, from_text=True)
+
+
+def _fitting(common: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, str]:
+    """The common fields that mean something in this row: a common strength is for the rows that have a picture."""
+    kept = dict(common)
+    for field, need in NEEDS.items():
+        row = {**from_words(kept), **own}
+        if field in kept and not need.met(row.get(need.of, JobSpec.model_fields[need.of].default)):
+            del kept[field]
+    return kept
 
 
 def _read_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from uuid import UUID
 from jobs import schema
 from jobs.bell import Bell
 from jobs.errors import FieldError, InvalidSpec, JobNotFound, StorageError, WaitTimeout
-from jobs.inputs import Inputs, store_input
+from jobs.inputs import Inputs
 from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
 from jobs.states import TERMINAL, State
@@ -75,21 +75,25 @@ class Client:
             raise InvalidSpec(
                 FieldError("specs", f"is one {type(specs).__name__}; give a list of specs, or use submit")
             )
-        inputs = Inputs(self.store_input)
+        inputs = self.inputs()
         ready = [inputs.stored(_as_spec(spec, {})) for spec in specs]
         views = self._store.submit(ready, batch=batch, idempotency_keys=idempotency_keys, rung=self._bell.rings)
         self._ring(view for view in views if view.state == State.queued)
         return views
 
     def store_input(self, spec: JobSpec) -> JobSpec:
-        """The spec with its init image checked and stored; submitting it later reads no file.
+        """The spec with its init image and mask checked and stored; submitting it later reads no file.
 
         Raises InvalidSpec, StorageError.
         """
-        return store_input(spec, self._storage)
+        return self.inputs().stored(spec)
+
+    def inputs(self) -> Inputs:
+        """Stores the pictures of many specs, each once; opens the storage when there is one."""
+        return Inputs(lambda: self._storage)
 
     def _ring(self, views: Iterable[JobView]) -> None:
-        self._bell.ring(Due(view.id, view.spec.model, view.spec.priority) for view in views)
+        self._bell.ring(Due(view.id, view.spec.model, view.spec.priority) for view in views if not view.unreadable)
 
     def get(self, job_id: UUID | str | JobView) -> JobView:
         """The job as it is now. Raises JobNotFound."""

@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from jobs import schema
-from jobs.bulkfile import Row, read_bulk
+from jobs.bulkfile import Row, read_alone, read_bulk
 from jobs.client import Client, as_id
 from jobs.db import open_engines
 from jobs.errors import BadFile, InvalidSpec
-from jobs.inputs import Inputs
 from jobs.models import SCHEMA_REVISION
 from jobs.options import (
+    GroupedCommand,
     as_json,
     counts_as_json,
     counts_as_text,
@@ -42,11 +42,15 @@ def _print_json(value: object) -> None:
 
 
 @click.command(
+    cls=GroupedCommand,
     epilog="""\b
 Examples:
   nightshift submit "a small red star on a blue background"
   nightshift submit "a castle" --steps 30 --seed 7 --images 4 --wait
-  nightshift submit "a castle" --init-image sketch.png --strength 0.6"""
+  nightshift submit "a castle" --sampler "DPM++ 2M Karras" --clip-skip 2
+  nightshift submit "a castle" --init-image sketch.png --strength 0.6
+  nightshift submit "a tower" --init-image castle.png --mask tower.png --mask-blur 4
+  nightshift submit "a castle" --upscale 2 --upscale-strength 0.6""",
 )
 @click.argument("prompt")
 @spec_options
@@ -82,11 +86,12 @@ def _show_submitted(client: Client, view: JobView, *, json_form: bool) -> None:
 
 
 @click.command(
+    cls=GroupedCommand,
     epilog="""\b
 Examples:
   nightshift bulk prompts.txt --batch tonight --steps 30
   nightshift bulk jobs.csv --batch tonight       (header: prompt,seed,steps,...)
-  nightshift bulk jobs.jsonl --skip-invalid      ({"prompt": "...", "seed": 7})"""
+  nightshift bulk jobs.jsonl --skip-invalid      ({"prompt": "...", "seed": 7, "upscale": 2})""",
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @spec_options
@@ -103,7 +108,7 @@ def bulk(
     unless --skip-invalid. Exit code 2 says that nothing was enqueued because of bad rows.
     """
     defaults = given_fields(options)
-    read_spec(from_words({"prompt": "-", "init_image": "-", **defaults}), from_text=True)  # the options' own mistakes
+    read_alone(defaults)  # the options' own mistakes
     with Client() as client:
         rows = _stored(client, _read(file, defaults))
         if not rows:
@@ -127,10 +132,10 @@ def _read(file: Path, defaults: dict[str, str]) -> list[Row]:
 
 
 def _stored(client: Client, rows: Sequence[Row]) -> list[Row]:
-    """The rows with their init images stored; a picture that cannot be used makes its row bad."""
-    inputs, checked = Inputs(client.store_input), []
+    """The rows with their pictures stored; a picture that cannot be used makes its row bad."""
+    inputs, checked = client.inputs(), []
     for row in rows:
-        if row.spec is not None and row.spec.init_image is not None:
+        if row.spec is not None:
             try:
                 row = Row(row.line, inputs.stored(row.spec))
             except InvalidSpec as error:

@@ -80,3 +80,11 @@ class InvalidKey(StorageError, ValueError):
 
 class KeyNotFound(StorageError, LookupError):
     """There is no object of that key."""
+
+
+def shown(value: object) -> str:
+    """A value as errors quote it: whole when it is short, so that a megabyte is not repeated."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -1,110 +1,156 @@
-"""Init images: checked where they enter, stored by their content."""
+"""Pictures that jobs start from, and their masks: checked where they enter, stored by their content, as they came."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from jobs.errors import FieldError, InvalidSpec
-from jobs.spec import ALLOWED, MAX_SIDE, InputKey, JobSpec
+from jobs.errors import FieldError, InvalidSpec, KeyNotFound
+from jobs.fields import ALLOWED, MAX_SIDE, PICTURES, InputKey
+from jobs.spec import JobSpec
+from jobs.spec_checks import size_complaints
 from jobs.storage import Storage
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 32_000_000
-#: Pillow's name of the format, the ending of our key, the content type. No other decoder is ever tried.
-_FORMATS = {"PNG": ("png", "image/png"), "JPEG": ("jpg", "image/jpeg"), "WEBP": ("webp", "image/webp")}
+#: Pillow's name of the format, the ending of our key, the content type. No other decoder is ever tried. MPO is what
+#: Pillow calls the JPEG of a phone that has a second picture inside (a depth map, a preview): the first one counts.
+_FORMATS = {
+    "PNG": ("png", "image/png"),
+    "JPEG": ("jpg", "image/jpeg"),
+    "MPO": ("jpg", "image/jpeg"),
+    "WEBP": ("webp", "image/webp"),
+}
+_DECODERS = ("PNG", "JPEG", "WEBP")
 
 
-def store_input(spec: JobSpec, storage: Storage) -> JobSpec:
-    """The spec with the storage key of its init image instead of the picture or its path.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that decodes. size: (width, height) as seen, after its EXIF orientation; data: none once stored."""
 
-    Raises InvalidSpec for a picture that a worker could not use, StorageError when it cannot be stored.
-    """
-    source = spec.init_image
-    if source is None:
-        return spec
-    if isinstance(source, InputKey):
-        if not storage.exists(source):
-            raise _refused(f"{source} is not in the storage; give the picture itself")
-        return spec
-    data = source if isinstance(source, bytes) else _read(source)
-    ending, content_type = check_image(data, spec)
-    key = InputKey(f"inputs/{hashlib.sha256(data).hexdigest()}.{ending}")
-    if not storage.exists(key):
-        storage.put(key, data, content_type)
-    return spec.model_copy(update={"init_image": key})
+    key: InputKey
+    content_type: str
+    size: tuple[int, int]
+    data: bytes | None
 
 
 class Inputs:
-    """Stores the init images of many specs through `store`; a picture that many of them name is looked at once."""
+    """Stores the pictures of specs; one that many of them name is looked at once."""
 
-    def __init__(self, store: Callable[[JobSpec], JobSpec]) -> None:
-        self._store = store
-        self._seen: dict[tuple[bytes | Path | None, bool], JobSpec | InvalidSpec] = {}
+    def __init__(self, storage: Callable[[], Storage]) -> None:
+        """`storage` is called when a spec has a picture."""
+        self._storage = storage
+        self._seen: dict[tuple[str, bytes | Path | InputKey], Picture | InvalidSpec] = {}
+        self._there: set[InputKey] = set()
 
     def stored(self, spec: JobSpec) -> JobSpec:
-        """The spec with its init image stored. Raises as `store` does."""
-        if spec.init_image is None:
-            return spec
-        # Without a size of its own a job takes the picture's, which then must be in range.
-        source = (spec.init_image, None in (spec.width, spec.height))
-        if source not in self._seen:
-            self._seen[source] = self._outcome(spec)
-        found = self._seen[source]
-        if isinstance(found, InvalidSpec):
-            raise found
-        return spec.model_copy(update={"init_image": found.init_image})
+        """The spec with storage keys instead of pictures and paths.
 
-    def _outcome(self, spec: JobSpec) -> JobSpec | InvalidSpec:
+        Raises InvalidSpec for a picture that a worker could not use, StorageError when it cannot be stored.
+        """
+        sources = {field: getattr(spec, field) for field in PICTURES if getattr(spec, field) is not None}
+        if all(isinstance(source, InputKey) for source in sources.values()):
+            for field, key in sources.items():  # looked at when it was stored
+                self._check_there(field, key)
+            return spec
+        pictures = {field: self._picture(field, source) for field, source in sources.items()}
+        _check_sizes(spec, {field: picture.size for field, picture in pictures.items()})
+        for field, picture in pictures.items():
+            self._put(picture)
+            self._seen[field, sources[field]] = replace(picture, data=None)
+        return spec.model_copy(update={field: picture.key for field, picture in pictures.items()})
+
+    def _check_there(self, field: str, key: InputKey) -> None:
+        if key not in self._there and not self._storage().exists(key):
+            raise _refused(field, f"{key} is not in the storage; give the picture itself")
+        self._there.add(key)
+
+    def _picture(self, field: str, source: bytes | Path | InputKey) -> Picture:
+        found = self._seen.get((field, source)) or self._looked_at(field, source)
+        if isinstance(found, InvalidSpec):
+            self._seen[field, source] = found
+            raise found
+        return found
+
+    def _looked_at(self, field: str, source: bytes | Path | InputKey) -> Picture | InvalidSpec:
         try:
-            return self._store(spec)
+            if isinstance(source, InputKey):
+                return replace(look_at(field, self._fetched(field, source)), data=None)
+            return look_at(field, source if isinstance(source, bytes) else _read(field, source))
         except InvalidSpec as error:
             return error
 
+    def _fetched(self, field: str, key: InputKey) -> bytes:
+        self._check_there(field, key)
+        try:
+            return self._storage().get(key)
+        except KeyNotFound:  # removed this very moment
+            raise _refused(field, f"{key} is not in the storage; give the picture itself") from None
 
-def check_image(data: bytes, spec: JobSpec) -> tuple[str, str]:
-    """The ending and content type of a picture that really decodes. Raises InvalidSpec."""
+    def _put(self, picture: Picture) -> None:
+        if picture.data is not None and not self._storage().exists(picture.key):
+            self._storage().put(picture.key, picture.data, picture.content_type)
+
+
+def look_at(field: str, data: bytes) -> Picture:
+    """The picture of these bytes. Raises InvalidSpec for what is too large, no picture, or not whole."""
     if len(data) > MAX_BYTES:
-        raise _refused(f"has {len(data)} bytes; allowed: at most {MAX_BYTES}")
+        raise _refused(field, f"has {len(data)} bytes; allowed: at most {MAX_BYTES}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=tuple(_FORMATS)) as image:
-                _check_size(image, spec)
-                image.load()
-                return _FORMATS[str(image.format)]
+            with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
+                _check_header(field, image)
+                ending, content_type = _FORMATS[str(image.format)]
+                size = ImageOps.exif_transpose(image).size
     except InvalidSpec:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
-        raise _refused(f"cannot be decoded ({type(error).__name__}); allowed: {ALLOWED['init_image']}") from None
+        raise _refused(field, f"cannot be decoded ({type(error).__name__}); allowed: {ALLOWED[field]}") from None
+    return Picture(InputKey(f"inputs/{hashlib.sha256(data).hexdigest()}.{ending}"), content_type, size, data)
 
 
-def _check_size(image: Image.Image, spec: JobSpec) -> None:
+def _check_header(field: str, image: Image.Image) -> None:
     """From the header alone, before any pixel is decoded."""
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _refused(f"has {width} x {height} pixels; allowed: at most {MAX_PIXELS} in all")
-    if getattr(image, "n_frames", 1) != 1:
-        raise _refused("is an animation; allowed: one frame")
+        raise _refused(field, f"has {width} x {height} pixels; allowed: at most {MAX_PIXELS} in all")
+    if getattr(image, "n_frames", 1) != 1 and image.format != "MPO":
+        raise _refused(field, "is an animation; allowed: one frame")
+
+
+def _check_sizes(spec: JobSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """What depends on the sizes of the pictures: that of a job which gives none, and of what lies on one another."""
+    width, height = size = sizes["init_image"]
     # Without a size of its own the job takes the picture's.
-    if None in (spec.width, spec.height) and not (64 <= width <= MAX_SIDE and 64 <= height <= MAX_SIDE):
-        raise _refused(f"has {width} x {height} pixels; allowed: 64 to {MAX_SIDE} a side, or give width and height")
+    taken = [side for side, own in zip(size, (spec.width, spec.height), strict=True) if own is None]
+    if not all(64 <= side <= MAX_SIDE for side in taken):
+        raise _refused(
+            "init_image", f"has {width} x {height} pixels; allowed: 64 to {MAX_SIDE} a side, or give width and height"
+        )
+    if sizes.get("mask", size) != size:
+        found = "{} x {}".format(*sizes["mask"])
+        raise _refused("mask", f"has {found} pixels; allowed: those of its init_image, {width} x {height}")
+    found_errors = list(size_complaints(spec, size))
+    if found_errors:
+        raise InvalidSpec(*found_errors)
 
 
-def _read(path: Path) -> bytes:
+def _read(field: str, path: Path) -> bytes:
     try:
         # One byte more than allowed is enough to know that it is too long.
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise _refused(f"cannot read {str(path)[:200]!r}: {reason}") from None
+        raise _refused(field, f"cannot read {str(path)[:200]!r}: {reason}") from None
 
 
-def _refused(message: str) -> InvalidSpec:
-    return InvalidSpec(FieldError("init_image", message))
+def _refused(field: str, message: str) -> InvalidSpec:
+    return InvalidSpec(FieldError(field, message))

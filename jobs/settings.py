@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import SettingsError
-from jobs.spec import ALLOWED, MODEL_NAME
+from jobs.fields import ALLOWED, MODEL_NAME
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")

@@ -89,7 +89,7 @@ class Store:
         """Insert one job per spec, in one transaction; a key that is known already gives its first job instead.
 
         `rung` says that the caller rings the bells itself, so that the sweeper waits before it rings again.
-        Raises InvalidSpec for an init image that is not stored, or an unusable key or batch name.
+        Raises InvalidSpec for a picture that is not stored, or an unusable key or batch name.
         """
         rows = store_insert.prepare(list(specs), idempotency_keys, self._rng)
         with self._engines.writer.begin() as connection:

@@ -40,7 +40,7 @@ class Prepared:
 def prepare(
     specs: Sequence[JobSpec], idempotency_keys: Sequence[str | None] | None, rng: random.Random
 ) -> list[Prepared]:
-    """Jobs with their ids and seeds. Raises InvalidSpec for an init image that is not stored, or an unusable key."""
+    """Jobs with their ids and seeds. Raises InvalidSpec for a picture that is not stored, or an unusable key."""
     keys = [None] * len(specs) if idempotency_keys is None else list(idempotency_keys)
     if len(keys) != len(specs):
         raise InvalidSpec(
@@ -51,7 +51,7 @@ def prepare(
     ids = ordered_ids(len(specs), time.time_ns() // 1_000_000, rng)
     rows = [Prepared(id, spec.with_seed(rng), key) for id, spec, key in zip(ids, specs, keys, strict=True)]
     for row in rows:
-        _ = row.spec.input_key  # refuses a picture that only this machine has
+        _ = row.spec.input_key, row.spec.mask_key  # refuses a picture that only this machine has
     return rows
 
 

@@ -81,13 +81,20 @@ def _view(row: Row[tuple[object, ...]], images: Iterable[Output]) -> JobView:
         state=State(row.state),
         attempts=row.attempts,
         error=row.error,
-        spec=stored_spec(row.spec),
+        stored=_spec_or_reason(row.spec),
         batch=row.batch,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
         images=tuple(images),
     )
+
+
+def _spec_or_reason(text: str) -> JobSpec | InvalidSpec:
+    try:
+        return stored_spec(text)
+    except InvalidSpec as reason:
+        return reason
 
 
 def jobs_of_keys(connection: Connection, keys: Sequence[str]) -> dict[str, JobView]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from jobs.errors import InvalidSpec
 from jobs.spec import JobSpec
 from jobs.states import TERMINAL, State
 
@@ -25,18 +26,33 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as it was when it was read. Times are the database's, in UTC."""
+    """A job as it was when it was read. Times are the database's, in UTC.
+
+    stored: its spec, or why this version cannot read the one in its row; one such row must not hide all the others.
+    """
 
     id: UUID
     state: State
     attempts: int
     error: str | None
-    spec: JobSpec
+    stored: JobSpec | InvalidSpec
     batch: str | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     images: tuple[Output, ...] = ()
+
+    @property
+    def spec(self) -> JobSpec:
+        """What is rendered. Raises InvalidSpec when this version cannot read it."""
+        if isinstance(self.stored, InvalidSpec):
+            raise self.stored
+        return self.stored
+
+    @property
+    def unreadable(self) -> InvalidSpec | None:
+        """Why this version cannot read the spec."""
+        return self.stored if isinstance(self.stored, InvalidSpec) else None
 
     @property
     def ended(self) -> bool:

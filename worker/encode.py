@@ -10,23 +10,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from jobs.fields import PICTURES
+from jobs.samplers import TABLE
 from jobs.spec import JobSpec
+from jobs.spec_checks import first_side, idle_fields
 
 # Level 1 costs a third of the time of Pillow's default (6) for a few per cent more bytes; uploads share the cores
 # with the engine.
 COMPRESS_LEVEL = 1
 
-# The labels that galleries and other interfaces read in the ``parameters`` chunk.
-_LABELS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "euler_karras": "Euler Karras",
-    "euler_a_karras": "Euler a Karras",
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-}
+# A1111's words for our values.
+_RNG = {"cpu": "CPU", "cuda": "NV"}
+_UPSCALER = {"latent": "Latent", "pixel": "Lanczos"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +41,12 @@ def encode(image: NDArray[np.uint8], spec: JobSpec, seed: int) -> Picture:
     Nothing about the machine goes in: no paths, no host, no user, no job id.
     """
     height, width = image.shape[:2]
+    # What draws the picture again is the size before a second pass.
+    times = spec.upscale
+    first = (width, height) if times is None else (first_side(width, times), first_side(height, times))
     chunks = PngInfo()
-    chunks.add_text("nightshift", json.dumps(_parameters(spec, seed, width, height), ensure_ascii=False))
-    chunks.add_text("parameters", parameters_text(spec, seed, width, height))
+    chunks.add_text("nightshift", json.dumps(_parameters(spec, seed, *first), ensure_ascii=False))
+    chunks.add_text("parameters", parameters_text(spec, seed, *first))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=COMPRESS_LEVEL, pnginfo=chunks)
     data = buffer.getvalue()
@@ -56,25 +54,48 @@ def encode(image: NDArray[np.uint8], spec: JobSpec, seed: int) -> Picture:
 
 
 def _parameters(spec: JobSpec, seed: int, width: int, height: int) -> dict[str, object]:
-    job = spec.model_dump(mode="json", exclude={"images", "priority"})
-    if spec.init_image is None:
-        del job["init_image"], job["strength"]
-    return job | {"seed": seed, "width": width, "height": height}
+    job = spec.model_dump(mode="json", exclude={"images", "priority"} | idle_fields(dict(spec)))
+    pictures = {field for field in PICTURES if getattr(spec, field) is None}
+    return {name: job[name] for name in job if name not in pictures} | {"seed": seed, "width": width, "height": height}
 
 
 def parameters_text(spec: JobSpec, seed: int, width: int, height: int) -> str:
-    """The text form that AUTOMATIC1111's web UI introduced and most viewers read."""
+    """The text form that AUTOMATIC1111's web UI introduced and most viewers read; size: of the first pass."""
     facts = {
         "Steps": spec.steps,
-        "Sampler": _LABELS.get(spec.sampler, spec.sampler),
+        "Sampler": TABLE[spec.sampler].a1111,
         "CFG scale": 1 if spec.guidance is None else f"{spec.guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
         "Model": spec.model,
+        **_denoising(spec),
+        "Clip skip": spec.clip_skip if spec.clip_skip > 1 else None,
+        "RNG": _RNG[spec.noise],
+        "Eta DDIM": f"{spec.eta:g}" if spec.eta else None,
+        "CFG rescale": f"{spec.guidance_rescale:g}" if spec.guidance_rescale else None,
+        "Mask blur": None if spec.mask is None else f"{spec.mask_blur:g}",
+        **_second_pass(spec),
     }
-    if spec.init_image is not None:
-        facts["Denoising strength"] = f"{spec.strength:g}"
     lines = [spec.prompt]
     if spec.negative_prompt:
         lines.append(f"Negative prompt: {spec.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)])
+
+
+def _denoising(spec: JobSpec) -> dict[str, str]:
+    """A1111 has one strength: of the picture that is started from, or else of the second pass."""
+    if spec.init_image is not None:
+        return {"Denoising strength": f"{spec.strength:g}"}
+    return {} if spec.upscale is None else {"Denoising strength": f"{spec.upscale_strength:g}"}
+
+
+def _second_pass(spec: JobSpec) -> dict[str, object]:
+    if spec.upscale is None:
+        return {}
+    own = {"Hires strength": f"{spec.upscale_strength:g}"} if spec.init_image is not None else {}
+    return {
+        "Hires upscale": f"{spec.upscale:g}",
+        "Hires steps": spec.upscale_steps,
+        "Hires upscaler": _UPSCALER[spec.upscale_by],
+        **own,
+    }

@@ -16,7 +16,7 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 #: Exit codes of a child that a restart would not change: done, and wrong settings.
-DONE, WRONG_SETTINGS = 0, 1
+DONE, WRONG_SETTINGS = 0, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ class _Signalled:
 
 
 class Supervisor:
-    """Runs ``commands`` until each is done (exit 0 or 1) or until it is told to stop.
+    """Runs ``commands`` until each is done (exit 0 or 2) or until it is told to stop.
 
     ``grace_s``: seconds that children have after the first signal before they are killed; a second signal changes
-    nothing. ``run`` returns 0, or 1 when a child ended with wrong settings.
+    nothing. ``run`` returns 0, or 2 when a child ended with wrong settings.
     """
 
     def __init__(

@@ -57,6 +57,44 @@ def test_a_picture_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     assert row.spec.init_image == Path("here.png")  # typed on the command line: relative to where it was typed
 
 
+def test_a_common_option_is_for_the_rows_that_can_use_it(tmp_path: Path) -> None:
+    common = {
+        "mask": "m.png",
+        "mask_blur": "4",
+        "upscale_steps": "9",
+        "eta": "0.5",
+        "guidance_rescale": "0.7",
+        "resize": "crop",
+    }
+    texts = {
+        "a.jsonl": '{"prompt": "a", "init_image": "b.png", "sampler": "DDIM"}\n{"prompt": "a", "upscale": 2}\n'
+        '{"prompt": "a", "guidance": null}\n',
+        "a.csv": "prompt,init_image,sampler,upscale,guidance\na,b.png,DDIM,,\na,,,2,\na,,,,none\n",
+    }
+    for name, text in texts.items():
+        assert [row.spec for row in rows(tmp_path, name, text, **common)] == [
+            JobSpec(
+                prompt="a",
+                init_image=tmp_path / "b.png",
+                mask=Path("m.png"),
+                mask_blur=4.0,
+                resize="crop",
+                sampler="ddim",
+                eta=0.5,
+                guidance_rescale=0.7,
+            ),
+            JobSpec(prompt="a", upscale=2.0, upscale_steps=9, guidance_rescale=0.7),
+            JobSpec(prompt="a", guidance=None),
+        ]
+
+
+def test_a_mask_is_looked_for_beside_the_file(tmp_path: Path) -> None:
+    text = '{"prompt": "a", "init_image": "/b.png", "mask": "m/m.png"}\n'
+    (row,) = rows(tmp_path, "a.jsonl", text, mask="other.png")
+    assert row.spec is not None
+    assert (row.spec.init_image, row.spec.mask) == (Path("/b.png"), tmp_path / "m" / "m.png")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "sentence"),
     [

@@ -15,7 +15,6 @@ import sqlalchemy as sa
 from PIL import Image
 
 from jobs import Client, InvalidSpec, JobConflict, JobNotFound, JobSpec, Settings, State, StorageError, WaitTimeout
-from jobs.inputs import store_input
 from jobs.storage import open_storage
 from jobs.store import Store
 from jobs.views import Output
@@ -155,11 +154,9 @@ def test_two_clients_share_one_queue(client: Client, settings: Settings) -> None
         assert other.get(job.id) == job
 
 
-def test_a_picture_is_stored_once_for_many_jobs(settings: Settings) -> None:
-    settings.make_home()
-    storage = open_storage(settings.storage_url)
-    spec = store_input(JobSpec(prompt="x", init_image=picture()), storage)
-    assert spec == store_input(JobSpec(prompt="x", init_image=picture()), storage)
+def test_a_picture_is_stored_once_for_many_jobs(client: Client, settings: Settings) -> None:
+    spec = client.store_input(JobSpec(prompt="x", init_image=picture()))
+    assert spec == client.store_input(JobSpec(prompt="x", init_image=picture()))
     assert len(list((settings.home / "storage" / "inputs").iterdir())) == 1
 
 

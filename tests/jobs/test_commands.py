@@ -11,9 +11,14 @@ from pathlib import Path
 
 import click
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner, Result
+from PIL import Image
 
-from jobs import Client, State, cli, commands
+from jobs import Client, InvalidSpec, JobSpec, State, cli, commands
+from jobs.db import open_engines
+from jobs.models import job as job_table
+from jobs.options import GROUPS
 from jobs.store import Store
 from tests.servers import free_port
 
@@ -84,11 +89,56 @@ def test_submit_prints_the_id() -> None:
 
 
 def test_submit_tells_every_bad_option() -> None:
-    result = run("submit", "x", "--steps", "0", "--width", "wide", "--sampler", "plms")
+    result = run("submit", "x", "--steps", "0", "--width", "wide", "--sampler", "plums")
     assert result.exit_code == 2
-    for field in ("steps: '0'", "width: 'wide'", "sampler: 'plms'", "allowed:"):
+    for field in ("steps: '0'", "width: 'wide'", "sampler: 'plums'", "allowed:"):
         assert field in result.stderr
     assert run("submit").exit_code == 2
+
+
+def test_submit_takes_every_field_of_a_spec(tmp_path: Path) -> None:
+    for name in ("init.png", "mask.png"):
+        Image.new("RGB", (96, 64)).save(tmp_path / name)
+    given = {
+        "negative_prompt": "blur",
+        "width": 96,
+        "height": 64,
+        "seed": 7,
+        "images": 2,
+        "model": "mine",
+        "priority": 3,
+        "steps": 9,
+        "sampler": "ddim",
+        "eta": 0.5,
+        "guidance": 3.0,
+        "guidance_rescale": 0.25,
+        "clip_skip": 2,
+        "noise": "cuda",
+        "init_image": tmp_path / "init.png",
+        "strength": 0.5,
+        "mask": tmp_path / "mask.png",
+        "mask_blur": 4.0,
+        "resize": "crop",
+        "upscale": 2.0,
+        "upscale_strength": 0.7,
+        "upscale_steps": 5,
+        "upscale_by": "pixel",
+    }
+    options = [word for field, value in given.items() for word in (f"--{field.replace('_', '-')}", str(value))]
+    assert run("submit", "x", *options).exit_code == 0
+    with Client() as client:
+        (view,) = client.jobs()
+    differ = {field for field in given if getattr(view.spec, field) != given[field]}
+    assert {"prompt", *given} == set(JobSpec.model_fields)
+    assert differ == {"init_image", "mask"} and view.spec.input_key and view.spec.mask_key
+
+
+def test_the_options_of_a_spec_are_shown_in_groups() -> None:
+    text = run("submit", "--help").stdout
+    headings = re.findall(r"^([A-Z].*):$", text, re.MULTILINE)
+    assert headings == [*GROUPS, "Options"]
+    own = text.split("\nOptions:")[1]
+    assert all(re.search(rf"^  .*--{name}\b", own, re.MULTILINE) for name in ("batch", "wait", "json", "help"))
 
 
 def test_submit_with_wait_gives_up_in_time() -> None:
@@ -119,6 +169,35 @@ def test_bulk_with_bad_rows_enqueues_nothing_unless_told(tmp_path: Path) -> None
         skipped = run("bulk", str(path), "--skip-invalid")
         assert (skipped.exit_code, skipped.stdout) == (0, "1 jobs enqueued, 2 skipped\n")
         assert client.counts()[State.queued] == 1
+
+
+def test_bulk_tells_line_and_field_of_masks_and_upscales(tmp_path: Path) -> None:
+    for name, size in (("init.png", (96, 64)), ("small.png", (64, 64))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "a.csv").write_text(
+        "prompt,init_image,mask,upscale,eta\n"
+        "good,init.png,init.png,2,\n"
+        "b,init.png,small.png,,\n"
+        "c,,init.png,,\n"
+        "d,,,9,\n"
+        "e,,,,0.5\n"
+    )
+    result = run("bulk", str(tmp_path / "a.csv"))
+    assert [line.split(" ")[:3] for line in result.stderr.splitlines()[:-1]] == [
+        ["line", "3:", "mask:"],
+        ["line", "4:", "mask:"],
+        ["line", "5:", "upscale:"],
+        ["line", "6:", "eta:"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [(["--eta", "0.5", "--sampler", "euler"], "eta"), (["--mask-blur", "x"], "mask_blur")]
+)
+def test_bulk_refuses_options_that_no_row_could_use(tmp_path: Path, options: list[str], field: str) -> None:
+    (tmp_path / "a.txt").write_text("a\n")
+    result = run("bulk", str(tmp_path / "a.txt"), *options)
+    assert result.exit_code == 2 and f"Error: {field}:" in result.stderr
 
 
 def test_bulk_with_nothing_good_is_refused_either_way(tmp_path: Path) -> None:
@@ -154,6 +233,27 @@ def test_status_filters() -> None:
     assert ids(str(first.id)) == [str(first.id)]
     assert "1 queued, 0 running, 0 succeeded, 0 failed, 1 cancelled" in run("status", "--batch", "tonight").stdout
     assert run("status", "job-7").exit_code == 2
+
+
+def test_status_shows_a_job_whose_spec_this_version_cannot_read_among_the_others() -> None:
+    with Client() as client:
+        strange, _ = client.submit_many(["strange", "fine"])
+        with open_engines(client.settings.database_url).writer.begin() as connection:
+            of_tomorrow = sa.update(job_table).where(job_table.c.id == strange.id)
+            connection.execute(of_tomorrow.values(spec='{"prompt": "strange", "hologram": true}'))
+        text = run("status").stdout
+        assert "fine" in text
+        assert re.search(rf"^{strange.id}  queued .*cannot read: hologram: unknown field", text, re.MULTILINE)
+        assert len(json.loads(run("status", "--json").stdout)["jobs"]) == 2
+        view = client.get(strange)
+        assert view.unreadable is not None
+        with pytest.raises(InvalidSpec, match="hologram"):
+            _ = view.spec
+        store = Store.open(client.settings.database_url)
+        assert store.claim(strange.id, "w") is None
+        store.close()
+        assert client.wait(strange, timeout=0).state == State.failed
+        assert run("retry", str(strange.id)).stdout == "queued\n"
 
 
 def test_cancel_and_retry_answer_in_words() -> None:

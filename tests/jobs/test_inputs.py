@@ -6,14 +6,15 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from jobs.errors import InvalidSpec
-from jobs.inputs import MAX_BYTES, Inputs, store_input
+from jobs.inputs import MAX_BYTES, Inputs
 from jobs.spec import JobSpec
-from jobs.storage import DirStorage
+from jobs.storage import DirStorage, Storage
 
 
 def drawn(kind: str = "PNG", size: tuple[int, int] = (96, 64), **options: object) -> bytes:
@@ -30,6 +31,10 @@ def png_that_claims(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def store_input(spec: JobSpec, storage: Storage) -> JobSpec:
+    return Inputs(lambda: storage).stored(spec)
 
 
 ANIMATION = drawn("WEBP", save_all=True, append_images=[Image.new("RGB", (96, 64), "blue")])
@@ -93,18 +98,103 @@ def test_a_key_without_its_object_is_told(storage: DirStorage) -> None:
         store_input(JobSpec(prompt="x", init_image=f"inputs/{'0' * 64}.png"), storage)
 
 
-def test_a_picture_that_many_specs_name_is_looked_at_once(storage: DirStorage, tmp_path: Path) -> None:
+class Watched(DirStorage):
+    """Counts the questions."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: list[str] = []
+
+    def exists(self, key: str) -> bool:
+        self.asked.append(key)
+        return super().exists(key)
+
+
+def test_a_picture_that_many_specs_name_is_looked_at_once(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(drawn())
-    looked: list[object] = []
-
-    def store(spec: JobSpec) -> JobSpec:
-        looked.append(spec.init_image)
-        return store_input(spec, storage)
-
-    inputs = Inputs(store)
-    assert {inputs.stored(JobSpec(prompt=text, init_image=good)).input_key for text in "abc"} != {None}
+    inputs = Inputs(lambda: storage)
+    storage = Watched(tmp_path / "storage")
+    first = inputs.stored(JobSpec(prompt="a", init_image=good))
+    good.unlink()
+    assert inputs.stored(JobSpec(prompt="b", init_image=good)).input_key == first.input_key
     for _ in range(2):
         with pytest.raises(InvalidSpec, match="cannot read"):
             inputs.stored(JobSpec(prompt="x", init_image=bad))
-    assert looked == [good, bad]
+        bad.write_bytes(drawn())
+    assert inputs.stored(first) == first == inputs.stored(first)
+    assert storage.asked == [first.input_key] * 2
+
+
+def test_a_picture_in_use_is_still_held_to_the_size_of_each_spec(storage: DirStorage, tmp_path: Path) -> None:
+    path = tmp_path / "long.png"
+    path.write_bytes(drawn(size=(3000, 100)))
+    inputs = Inputs(lambda: storage)
+    inputs.stored(JobSpec(prompt="x", init_image=path, width=96, height=96))
+    with pytest.raises(InvalidSpec, match="give width and height"):
+        inputs.stored(JobSpec(prompt="x", init_image=path, height=96))
+    inputs.stored(JobSpec(prompt="x", init_image=path, width=96))
+
+
+def turned(size: tuple[int, int], orientation: int, kind: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return drawn(kind, size, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_has_the_size_that_is_seen(storage: DirStorage, kind: str) -> None:
+    mask = drawn(size=(64, 96))
+    lying, standing = turned((96, 64), 1, kind), turned((96, 64), 6, kind)
+    assert store_input(JobSpec(prompt="x", init_image=standing, mask=mask), storage).mask_key is not None
+    with pytest.raises(InvalidSpec, match="mask: has 64 x 96 pixels; allowed: those of its init_image, 96 x 64"):
+        store_input(JobSpec(prompt="x", init_image=lying, mask=mask), storage)
+    kept = store_input(JobSpec(prompt="x", init_image=standing), storage).input_key
+    assert storage.get(str(kept)) == standing  # as it came
+
+
+def test_an_orientation_counts_before_the_size_is_judged(storage: DirStorage) -> None:
+    with pytest.raises(InvalidSpec, match="has 64 x 3000 pixels"):
+        store_input(JobSpec(prompt="x", init_image=turned((3000, 64), 8)), storage)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1", "P", "I;16"])
+def test_a_mask_of_any_mode_is_stored(storage: DirStorage, mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (96, 64)).save(buffer, "PNG")
+    spec = store_input(JobSpec(prompt="x", init_image=drawn(), mask=buffer.getvalue()), storage)
+    assert spec.mask_key is not None and storage.get(spec.mask_key) == buffer.getvalue()
+
+
+@pytest.mark.parametrize("mask", [b"", drawn("GIF"), ANIMATION, drawn(size=(64, 64)), Path("/missing.png"), b"x" * 100])
+def test_a_mask_that_no_worker_could_use_is_refused_by_its_name(storage: DirStorage, mask: object) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        store_input(JobSpec(prompt="x", init_image=drawn(), mask=mask), storage)
+    assert [error.field for error in caught.value.errors] == ["mask"]
+
+
+def test_a_mask_can_be_given_for_a_picture_that_is_stored(storage: DirStorage) -> None:
+    key = store_input(JobSpec(prompt="x", init_image=drawn()), storage).input_key
+    assert store_input(JobSpec(prompt="x", init_image=key, mask=drawn()), storage).input_key == key
+    with pytest.raises(InvalidSpec, match="mask: has 64 x 64"):
+        store_input(JobSpec(prompt="x", init_image=key, mask=drawn(size=(64, 64))), storage)
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "field"),
+    [
+        ({"upscale": 3.0}, (1400, 64), "upscale"),
+        ({"images": 64, "steps": 200}, (2048, 2048), "images"),
+    ],
+)
+def test_what_is_too_much_of_this_picture_is_refused(
+    storage: DirStorage, fields: dict[str, Any], size: tuple[int, int], field: str
+) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        store_input(JobSpec(prompt="x", init_image=drawn(size=size), **fields), storage)
+    assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_the_picture_of_a_phone_that_has_a_second_one_inside_is_a_jpeg(storage: DirStorage) -> None:
+    data = drawn("MPO", save_all=True, append_images=[Image.new("RGB", (48, 32), "blue")])
+    assert str(store_input(JobSpec(prompt="x", init_image=data), storage).input_key).endswith(".jpg")

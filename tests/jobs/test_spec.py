@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import sd_engine
 from jobs.errors import InvalidSpec
-from jobs.spec import ALLOWED, MAX_PROMPT, MAX_SEED, SAMPLERS, InputKey, JobSpec, describe_errors, read_spec
+from jobs.fields import ALLOWED, MAX_LARGER_SIDE, MAX_PROMPT, MAX_SEED, PICTURES, InputKey
+from jobs.spec import JobSpec, describe_errors, read_spec
+from jobs.spec_checks import NEEDS, first_side, larger_side
+from sd_engine import InvalidRequest, Request
+from sd_engine.request import MAX_SIDE
+from tests.jobs.specs import specs
 
 KEY = f"inputs/{'0a' * 32}.png"
-TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=80).filter(
-    lambda text: text.strip()
-)
-SPECS = st.builds(
-    JobSpec,
-    prompt=TEXT,
-    negative_prompt=TEXT | st.just(""),
-    width=st.none() | st.integers(8, 256).map(lambda n: n * 8),
-    height=st.none() | st.integers(8, 256).map(lambda n: n * 8),
-    steps=st.integers(1, 60),
-    guidance=st.none() | st.floats(0, 50),
-    sampler=st.sampled_from(SAMPLERS),
-    seed=st.none() | st.integers(0, MAX_SEED - 3),
-    images=st.integers(1, 4),
-    model=st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True),
-    priority=st.integers(0, 9),
+SPECS = specs() | specs(init_image=KEY) | specs(init_image=KEY, mask=KEY)
+#: A spec of version 0.1.0, as its rows have it.
+OLD_ROW = (
+    '{"prompt":"a red star","negative_prompt":"","width":96,"height":null,"steps":20,"guidance":7.5,'
+    f'"sampler":"euler_a_karras","seed":7,"images":2,"init_image":"{KEY}","strength":0.6,'
+    '"model":"nightshift-mini","priority":0}'
 )
 
 
@@ -81,7 +78,13 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("guidance", 50.1),
         ("guidance", float("nan")),
         ("guidance", float("inf")),
-        ("sampler", "plms"),
+        ("sampler", "plums"),
+        ("sampler", 3),
+        ("guidance_rescale", 1.1),
+        ("eta", -0.1),
+        ("clip_skip", 0),
+        ("clip_skip", 13),
+        ("noise", "mps"),
         ("seed", -1),
         ("seed", 2**32),
         ("images", 0),
@@ -90,6 +93,14 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("strength", 0),
         ("strength", 1.5),
         ("strength", float("nan")),
+        ("mask", 3),
+        ("mask_blur", 257),
+        ("resize", "cover"),
+        ("upscale", 1),
+        ("upscale", 4.1),
+        ("upscale_strength", 0),
+        ("upscale_steps", 0),
+        ("upscale_by", "magic"),
         ("model", "../x"),
         ("model", "a/b"),
         ("model", "x\n"),
@@ -110,13 +121,28 @@ def test_a_bad_value_is_refused_with_field_and_allowed_range(field: str, value: 
     ("fields", "field"),
     [
         ({"strength": 0.5}, "strength"),
+        ({"mask": KEY}, "mask"),
+        ({"mask": b"x" * 100}, "mask"),
+        ({"mask_blur": 4.0, "init_image": KEY}, "mask_blur"),
+        ({"resize": "crop"}, "resize"),
+        ({"upscale_strength": 0.7}, "upscale_strength"),
+        ({"upscale_steps": 10}, "upscale_steps"),
+        ({"upscale_by": "pixel"}, "upscale_by"),
+        ({"eta": 0.5}, "eta"),
+        ({"eta": 0.5, "sampler": "DDPM"}, "eta"),
+        ({"guidance_rescale": 0.5, "guidance": None}, "guidance_rescale"),
+        ({"guidance_rescale": 0.5, "guidance": 1.0}, "guidance_rescale"),
+        ({"upscale": 2.0, "steps": 1}, "upscale_strength"),
+        ({"upscale": 2.0, "upscale_steps": 3, "upscale_strength": 0.3}, "upscale_strength"),
+        ({"upscale": 2.5, "width": 2048}, "upscale"),
+        ({"images": 64, "steps": 50, "width": 1024, "height": 1024, "upscale": 4.0}, "images"),
         ({"strength": 0.01, "steps": 10, "init_image": KEY}, "strength"),
         ({"seed": MAX_SEED, "images": 2}, "seed"),
         ({"images": 64, "steps": 1000, "width": 2048, "height": 2048}, "images"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidSpec, match=r"allowed|both") as caught:
+    with pytest.raises(InvalidSpec, match=r"allowed|give both") as caught:
         read_spec({"prompt": "x", **fields})
     assert [error.field for error in caught.value.errors] == [field]
 
@@ -163,8 +189,12 @@ def test_written_numbers_are_read_only_when_asked_for() -> None:
 
 def test_a_spec_made_directly_tells_field_value_and_range_too() -> None:
     with pytest.raises(ValidationError) as caught:
-        JobSpec(prompt="x", steps=0, sampler="plms", promt="y")  # type: ignore[call-arg, arg-type]
-    for words in ("steps: 0 is not allowed; allowed: a whole number from 1", "sampler: 'plms'", "did you mean prompt?"):
+        JobSpec(prompt="x", steps=0, sampler="plums", promt="y")  # type: ignore[call-arg]
+    for words in (
+        "steps: 0 is not allowed; allowed: a whole number from 1",
+        "sampler: 'plums'",
+        "did you mean prompt?",
+    ):
         assert words in str(caught.value)
 
 
@@ -174,5 +204,84 @@ def test_describe_errors_names_each_field_once() -> None:
     assert [error.field for error in describe_errors(caught.value)] == ["width", "steps"]
 
 
-def test_the_sampler_names_are_the_engines() -> None:
-    assert tuple(sd_engine.SAMPLERS) == SAMPLERS
+def test_fields_that_contradict_each_other_are_all_told_at_once() -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        read_spec({"prompt": "x", "mask_blur": 3.0, "eta": 1.0, "seed": MAX_SEED, "images": 2})
+    assert {error.field for error in caught.value.errors} == {"mask_blur", "eta", "seed"}
+
+
+def test_a_sampler_by_another_name_is_kept_by_ours() -> None:
+    assert JobSpec(prompt="x", sampler="DPM++ 2M SDE Karras").sampler == "dpmpp_2m_sde_karras"
+    with pytest.raises(InvalidSpec, match="did you mean dpmpp_2m"):
+        read_spec({"prompt": "x", "sampler": "dpmpp_2n"})
+
+
+def test_a_row_of_version_0_1_0_is_read_as_it_was_meant() -> None:
+    spec = JobSpec.model_validate_json(OLD_ROW)
+    assert (spec.sampler, spec.width, spec.strength, spec.input_key) == ("euler_a_karras", 96, 0.6, KEY)
+    told = {"prompt", "width", "sampler", "seed", "images", "init_image", "strength"}
+    news = {name: getattr(spec, name) for name in JobSpec.model_fields if name not in told}
+    assert news == {name: JobSpec.model_fields[name].default for name in news}
+
+
+def test_all_that_the_engine_knows_can_be_asked_for() -> None:
+    engines = {field.name: field.default for field in dataclasses.fields(Request)}
+    ours = {name: info.default for name, info in JobSpec.model_fields.items()}
+    assert set(ours) - set(engines) == {"images", "priority"} and set(engines) <= set(ours)
+    differ = {"prompt", "seed", "model"}  # without a default; drawn at submit; the shipped model by its name
+    assert {name for name in engines if engines[name] != ours[name]} == differ
+
+
+PROBES: dict[str, list[Any]] = {
+    "guidance_rescale": [-0.01, 0, 0.5, 1, 1.01],
+    "eta": [-0.01, 0, 0.5, 1, 1.01],
+    "clip_skip": [0, 1, 2, 12, 13, 1.5],
+    "strength": [0, 0.05, 1, 1.01],
+    "mask_blur": [-1, 0, 256, 256.5],
+    "resize": ["stretch", "crop", "fill", "none", None],
+    "upscale": [None, 1, 1.01, 4, 4.01],
+    "upscale_strength": [0, 0.05, 1, 1.01],
+    "upscale_steps": [None, 0, 2, 1000, 1001],
+    "upscale_by": ["latent", "pixel", "none", None],
+    "noise": ["cpu", "cuda", "mps", None],
+    "steps": [0, 1, 1000, 1001],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in PROBES for value in PROBES[field]])
+def test_a_value_is_allowed_exactly_where_the_engine_allows_it(field: str, value: Any) -> None:
+    pictures: dict[str, Any] = {"init_image": KEY, "mask": KEY} if field != "steps" else {}
+    larger = {"upscale": 2.0} if field.startswith("upscale_") else {}
+    common = {"prompt": "x", "sampler": "ddim", **larger, field: value}
+    arrays = {name: np.zeros((64, 64, 3) if name == "init_image" else (64, 64), np.uint8) for name in pictures}
+    assert _accepts(InvalidSpec, lambda: read_spec({**common, **pictures})) == _accepts(
+        InvalidRequest, lambda: Request(**{**common, **arrays})
+    )
+
+
+def _accepts(refusal: type[Exception], make: Callable[[], object]) -> bool:
+    try:
+        make()
+    except refusal:
+        return False
+    return True
+
+
+def test_a_second_pass_has_the_engines_size() -> None:
+    assert MAX_LARGER_SIDE == MAX_SIDE
+
+
+@given(st.integers(8, 256).map(lambda n: n * 8), st.floats(1, 4, exclude_min=True))
+def test_the_size_before_a_second_pass_is_found_again(side: int, times: float) -> None:
+    larger = larger_side(side, times)
+    assert first_side(larger, times) == side
+    try:
+        assert Request("x", upscale=times).larger(side, side) == (larger, larger)
+    except InvalidRequest:
+        assert larger > MAX_LARGER_SIDE
+
+
+def test_a_need_stands_before_what_needs_it() -> None:
+    fields = list(NEEDS)
+    assert all(fields.index(need.of) < fields.index(field) for field, need in NEEDS.items() if need.of in fields)
+    assert {"init_image", *NEEDS} > set(PICTURES)

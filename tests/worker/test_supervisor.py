@@ -60,7 +60,7 @@ def test_a_dead_child_is_started_again_until_it_is_done(tmp_path: Path) -> None:
 
 def test_wrong_settings_are_not_tried_again(tmp_path: Path) -> None:
     lives = tmp_path / "lives"
-    assert Supervisor([child(FAIL_THEN_END, lives, 1)], grace_s=5, back_off=QUICK).run() == WRONG_SETTINGS
+    assert Supervisor([child(FAIL_THEN_END, lives, 2)], grace_s=5, back_off=QUICK).run() == WRONG_SETTINGS
     assert lives.read_text() == "x"
 
 
