@@ -74,9 +74,16 @@ class ClipTextEncoder(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, ids_BT: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, clip_skip: int = 1) -> Tensor:
         """Token ids [B, T], T at most `max_tokens` -> context [B, T, D]."""
-        x_BTD = self.token_embedding(ids_BT) + self.position_embedding.weight[: ids_BT.shape[1]]
-        for layer in self.layers:
+        return self.encode(self.token_embedding(ids_BT), clip_skip)
+
+    def encode(self, words_BTD: Tensor, clip_skip: int = 1) -> Tensor:
+        """The vectors of tokens [B, T, D] -> context [B, T, D].
+
+        clip_skip: which layer is taken, counted from the last (1); the final norm follows whichever it is.
+        """
+        x_BTD = words_BTD + self.position_embedding.weight[: words_BTD.shape[1]]
+        for layer in self.layers[: len(self.layers) + 1 - clip_skip]:
             x_BTD = layer(x_BTD)
         return self.final_layer_norm(x_BTD)

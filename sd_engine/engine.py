@@ -12,6 +12,7 @@ from sd_engine.errors import InvalidRequest
 from sd_engine.model import Model
 from sd_engine.packer import Packer
 from sd_engine.passes import first_row, second_row
+from sd_engine.prompts import DEFAULT_CACHE_BYTES
 from sd_engine.request import Finished, Request
 from sd_engine.row import Row
 from sd_engine.runner import Runner
@@ -30,10 +31,16 @@ class Engine:
     max_units: the limit of one pack, in U-Net rows x latent cells.
     deterministic: pad every pack to the same number of U-Net rows, and decode one picture at a time, so that on a CPU
     the bits of a picture do not depend on its neighbours. It costs the U-Net rows that nobody uses.
+    cache_bytes: how much of each model's encoded prompts is kept on its device for those who come with the same.
     """
 
     def __init__(
-        self, models: Model | Mapping[str, Model], *, max_units: int | None = None, deterministic: bool = False
+        self,
+        models: Model | Mapping[str, Model],
+        *,
+        max_units: int | None = None,
+        deterministic: bool = False,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         named = {models.name: models} if isinstance(models, Model) else dict(models)
         if not named:
@@ -43,7 +50,7 @@ class Engine:
             DEFAULT_MAX_UNITS if max_units is None else max_units,
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
-        self.runner = Runner(named, self.packer.bucket)
+        self.runner = Runner(named, self.packer.bucket, cache_bytes)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
 

@@ -1,16 +1,19 @@
 """The building blocks that the U-Net and the VAE share.
 
 Legend of the shape suffixes: B batch, C channels, H height, W width, N positions (H*W), T text tokens,
-D width of a token, E width of the time embedding.
+D width of a token, E width of the time embedding, G attention heads, K width of a head, R rows of a run.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
@@ -49,7 +52,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to `context` (to itself when none is given)."""
+    """Multi-head attention from `x` to itself, to a context, or to keys and values made before."""
 
     def __init__(self, width: int, *, heads: int, context_width: int | None = None, qkv_bias: bool = False):
         super().__init__()
@@ -61,10 +64,19 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor | None = None) -> Tensor:
         """[B, N, D] (and [B, T, context_width]) -> [B, N, D]."""
-        source = x_BND if context_BTD is None else context_BTD
-        q, k, v = self._split(self.to_q(x_BND)), self._split(self.to_k(source)), self._split(self.to_v(source))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(mixed.transpose(1, 2).flatten(2))
+        return self.attend(x_BND, [self.keys_values(x_BND if context_BTD is None else context_BTD)])
+
+    def keys_values(self, source_BTD: Tensor) -> KeysValues:
+        """[B, T, context_width] -> keys and values, [B, G, T, K] each."""
+        return self._split(self.to_k(source_BTD)), self._split(self.to_v(source_BTD))
+
+    def attend(self, x_BND: Tensor, runs: Sequence[KeysValues]) -> Tensor:
+        """[B, N, D], and keys and values [R, G, T, K] of one run of rows after the other, B in all -> [B, N, D]."""
+        queries_BGNK = self._split(self.to_q(x_BND))
+        parts = queries_BGNK.split([len(keys) for keys, _ in runs])
+        mixed = [F.scaled_dot_product_attention(q, k, v) for q, (k, v) in zip(parts, runs, strict=True)]
+        mixed_BGNK = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return self.to_out(mixed_BGNK.transpose(1, 2).flatten(2))
 
     def _split(self, x_BND: Tensor) -> Tensor:
         return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -53,6 +53,7 @@ class Model:
     """The parts of a loaded model, on one device in one dtype, in evaluation mode.
 
     offload: which parts wait on the CPU while nobody works with them; raises InvalidDevice for an unknown mode.
+    embeddings: vectors [n, text width] by the word of a prompt that stands for them (`prompts.embeddings`).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     offload: Offload = "resident"
+    embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _visitors: Mapping[Component, Visitor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from sd_engine.halving import halving
 from sd_engine.latents import decode_batches, decode_latents, rounded
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
-from sd_engine.prompts import PromptEncoder, join, tokens
+from sd_engine.prompts import DEFAULT_CACHE_BYTES, PromptEncoder, join, tokens
 from sd_engine.request import Finished
 from sd_engine.row import Lane, Row
 from sd_engine.samplers import SLOTS, Col
@@ -34,13 +34,18 @@ class Runner:
     """Owns every tensor operation of the engine, and decides nothing: the packer says who is stepped.
 
     A row that cannot be prepared, stepped or decoded gets its `error` and leaves; its neighbours go on.
-    bucket: the U-Net rows that a lane's packs are padded to, 0 for none.
+    bucket: the U-Net rows that a lane's packs are padded to, 0 for none. cache_bytes: of each model's prompts kept.
     """
 
-    def __init__(self, models: Mapping[str, Model], bucket: Callable[[Lane], int]) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        bucket: Callable[[Lane], int],
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
         self.models = models
         self.bucket = bucket
-        self.prompts = {name: PromptEncoder(model) for name, model in models.items()}
+        self.prompts = {name: PromptEncoder(model, cache_bytes) for name, model in models.items()}
 
     @torch.inference_mode()
     def prepare(self, rows: Sequence[Row]) -> None:

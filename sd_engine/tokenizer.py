@@ -1,29 +1,35 @@
-"""Prompts to token ids: a thin wrapper of transformers' CLIP tokenizer, read from a folder's own files."""
+"""Text to token ids: a thin wrapper of transformers' CLIP tokenizer, read from a folder's own files."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from sd_engine.errors import WeightsError
 
-log = logging.getLogger(__name__)
-
 _FILES = ("vocab.json", "merges.txt")
-_WARNED_LIMIT = 1000  # prompts remembered as already warned about: a worker lives for weeks
+_COMMA = ",</w>"
 
 
 class Tokenizer:
-    """Pads and cuts every prompt to `max_tokens`, as the Stable Diffusion pipelines do."""
+    """Text to token ids, and the special ids that stand around them.
+
+    max_tokens: what the text encoder takes at a time, with start and end.
+    start, end, pad: the ids before and after the words of a text, and of what fills it up to `max_tokens`.
+    comma: the id of a comma that ends a word; None for a vocabulary without it.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer, max_tokens: int) -> None:
         self._tokenizer = tokenizer
-        self._warned: set[str] = set()
         self.max_tokens = max_tokens
+        self.start: int = tokenizer.bos_token_id
+        self.end: int = tokenizer.eos_token_id
+        self.pad: int = tokenizer.pad_token_id
+        self.comma: int | None = tokenizer.get_vocab().get(_COMMA)
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_tokens: int = 77) -> Tokenizer:
@@ -48,28 +54,19 @@ class Tokenizer:
         """How many ids there are: one more than the largest."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> ids [B, max_tokens], int64. A prompt that is too long is cut, with one warning in the log."""
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text's words, without start and end, however many they are."""
         # Half of a surrogate pair, which JSON can carry, has no bytes and would raise; it is drawn as a question mark.
-        prompts = [prompt.encode("utf-8", "replace").decode("utf-8") for prompt in prompts]
-        batch = self._tokenizer(
-            prompts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
-        for prompt, mask in zip(prompts, batch["attention_mask"], strict=True):
-            if bool(mask.all()):
-                self._warn_if_cut(prompt)
-        ids: Tensor = batch["input_ids"]
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _warn_if_cut(self, prompt: str) -> None:
-        dropped = len(self._tokenizer(prompt, verbose=False)["input_ids"]) - self.max_tokens
-        if dropped <= 0 or prompt in self._warned:
-            return
-        if len(self._warned) >= _WARNED_LIMIT:
-            self._warned.clear()
-        self._warned.add(prompt)
-        # Only counts: a prompt is its author's, a log is read by others.
-        log.warning(
-            "a prompt of %d characters is %d tokens too long for the text encoder's %d; its end is not drawn",
-            len(prompt), dropped, self.max_tokens,
-        )  # fmt: skip
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> ids [B, max_tokens], int64: each between start and end, padded, or cut where it is too long.
+
+        For training, whose captions are short; `prompts` encodes what is drawn, and cuts nothing.
+        """
+        return torch.tensor([self._framed(self.ids(text)[: self.max_tokens - 2]) for text in texts])
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        return [self.start, *ids, self.end] + [self.pad] * (self.max_tokens - 2 - len(ids))

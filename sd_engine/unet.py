@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import UNetConfig
+from sd_engine.context import Context, PackContext
 from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+
+Texts = Tensor | PackContext
 
 _RESNET_EPS = 1e-5
 _TRANSFORMER_EPS = 1e-6  # the spatial transformers differ from the residual blocks, as in the reference
@@ -34,10 +37,14 @@ class GeGlu(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and around a skip."""
+    """Self-attention, cross-attention to the text, feed-forward; each after its LayerNorm and around a skip.
+
+    index: its place among the blocks of the U-Net.
+    """
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
+        self.index = 0
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, heads=heads)
         self.norm2 = nn.LayerNorm(width)
@@ -45,10 +52,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GeGlu(width)
 
-    def forward(self, x_UND: Tensor, context_UTD: Tensor) -> Tensor:
-        """[U, N, D], [U, T, context width] -> [U, N, D]."""
+    def forward(self, x_UND: Tensor, context: Texts) -> Tensor:
+        """[U, N, D], the texts of its rows -> [U, N, D]."""
         x_UND = x_UND + self.attn1(self.norm1(x_UND))
-        x_UND = x_UND + self.attn2(self.norm2(x_UND), context_UTD)
+        texts = context.layer(self.index) if isinstance(context, PackContext) else [self.attn2.keys_values(context)]
+        x_UND = x_UND + self.attn2.attend(self.norm2(x_UND), texts)
         return x_UND + self.ff(self.norm3(x_UND))
 
 
@@ -63,12 +71,12 @@ class SpatialTransformer(nn.Module):
         self.block = TransformerBlock(channels, heads, config.context_width)
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x_UCHW: Tensor, context_UTD: Tensor) -> Tensor:
-        """[U, C, H, W], [U, T, D] -> [U, C, H, W]."""
+    def forward(self, x_UCHW: Tensor, context: Texts) -> Tensor:
+        """[U, C, H, W], the texts of its rows -> [U, C, H, W]."""
         size, skip_UCHW = x_UCHW.shape[-2:], x_UCHW
         h = self.norm(x_UCHW)
         h_UNC = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))
-        h_UNC = self.block(h_UNC, context_UTD)
+        h_UNC = self.block(h_UNC, context)
         h = _to_map(self.proj_out(h_UNC), size) if self.linear else self.proj_out(_to_map(h_UNC, size))
         return h + skip_UCHW
 
@@ -94,11 +102,11 @@ class Level(nn.Module):
             SpatialTransformer(b, heads, config) if heads else nn.Identity() for _, b in widths
         )
 
-    def block(self, i: int, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor) -> Tensor:
+    def block(self, i: int, x_UCHW: Tensor, emb_UE: Tensor, context: Texts) -> Tensor:
         """Run residual block `i` and what attends after it."""
         x_UCHW = self.resnets[i](x_UCHW, emb_UE)
         attention = self.attentions[i]
-        return attention(x_UCHW, context_UTD) if isinstance(attention, SpatialTransformer) else x_UCHW
+        return attention(x_UCHW, context) if isinstance(attention, SpatialTransformer) else x_UCHW
 
 
 class DownLevel(Level):
@@ -112,10 +120,10 @@ class DownLevel(Level):
         last = level == len(channels) - 1
         self.downsample = None if last else Downsample(channels[level], pad_all_sides=True)
 
-    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts, skips: list[Tensor]) -> Tensor:
         """Push each output on `skips`; return the last."""
         for i in range(len(self.resnets)):
-            x_UCHW = self.block(i, x_UCHW, emb_UE, context_UTD)
+            x_UCHW = self.block(i, x_UCHW, emb_UE, context)
             skips.append(x_UCHW)
         if self.downsample is not None:
             x_UCHW = self.downsample(x_UCHW)
@@ -131,9 +139,9 @@ class MidBlock(Level):
         super().__init__([(width, width)] * 2, None, config)
         self.attentions = nn.ModuleList([SpatialTransformer(width, config.heads[-1], config), nn.Identity()])
 
-    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor) -> Tensor:
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts) -> Tensor:
         """[U, C, H, W] -> [U, C, H, W]."""
-        return self.block(1, self.block(0, x_UCHW, emb_UE, context_UTD), emb_UE, context_UTD)
+        return self.block(1, self.block(0, x_UCHW, emb_UE, context), emb_UE, context)
 
 
 class UpLevel(Level):
@@ -149,10 +157,10 @@ class UpLevel(Level):
         super().__init__(widths, config.heads[level] if config.attention[level] else None, config)
         self.upsample = Upsample(width) if level > 0 else None
 
-    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context_UTD: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts, skips: list[Tensor]) -> Tensor:
         """Pop one of `skips` per block; enlarge to the size of the next one, which the way down may have rounded."""
         for i in range(len(self.resnets)):
-            x_UCHW = self.block(i, torch.cat([x_UCHW, skips.pop()], dim=1), emb_UE, context_UTD)
+            x_UCHW = self.block(i, torch.cat([x_UCHW, skips.pop()], dim=1), emb_UE, context)
         if self.upsample is not None:
             height, width = skips[-1].shape[-2:]
             x_UCHW = self.upsample(x_UCHW, (height, width))
@@ -188,15 +196,30 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(UpLevel(level, config) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=_RESNET_EPS)
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        for i, block in enumerate(self.blocks):
+            block.index = i
 
-    def forward(self, x_UCHW: Tensor, t_U: Tensor, context_UTD: Tensor) -> Tensor:
-        """Latents [U, in, H, W], timesteps [U], texts [U, T, context width] -> prediction [U, out, H, W]."""
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """Those that attend to the text, in a fixed order."""
+        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
+
+    def context(self, text_TD: Tensor) -> Context:
+        """What all cross-attention layers make of one encoded prompt [T, context width]: the same at every step."""
+        made = (block.attn2.keys_values(text_TD[None]) for block in self.blocks)
+        return Context(tuple(torch.cat(keys_values) for keys_values in made))
+
+    def forward(self, x_UCHW: Tensor, t_U: Tensor, context: Texts) -> Tensor:
+        """Latents [U, in, H, W], timesteps [U], texts of the rows -> prediction [U, out, H, W].
+
+        The texts are encoded prompts [U, T, context width], or the joined contexts of the rows.
+        """
         emb_UE = self.time_embedding(t_U)
         x_UCHW = self.conv_in(x_UCHW)
         skips = [x_UCHW]
         for down in self.down_blocks:
-            x_UCHW = down(x_UCHW, emb_UE, context_UTD, skips)
-        x_UCHW = self.mid_block(x_UCHW, emb_UE, context_UTD)
+            x_UCHW = down(x_UCHW, emb_UE, context, skips)
+        x_UCHW = self.mid_block(x_UCHW, emb_UE, context)
         for up in self.up_blocks:
-            x_UCHW = up(x_UCHW, emb_UE, context_UTD, skips)
+            x_UCHW = up(x_UCHW, emb_UE, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x_UCHW)))

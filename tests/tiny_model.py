@@ -25,10 +25,10 @@ def vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """The four files that an SD 1.x folder has (transformers 4's form, without tokenizer.json)."""
+def write_tokenizer(folder: Path, *, pad: str = SPECIALS[1]) -> None:
+    """The four files that an SD 1.x folder has (transformers 4's form, without tokenizer.json); 2.x pads with "!"."""
     start, end = SPECIALS
-    specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    specials = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True, **specials}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary()), "utf-8")

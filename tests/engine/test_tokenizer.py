@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -69,18 +68,19 @@ def test_a_word_that_a_small_vocabulary_lacks_becomes_the_unknown_token(tmp_path
     assert ids[:2] == [0, 2] and set(ids[2:]) == {1}
 
 
-def test_a_prompt_that_is_cut_is_told_once_with_the_number_of_tokens(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tokenizer = Tokenizer.from_folder(folder)
-    with caplog.at_level(logging.WARNING, "sd_engine"):
-        tokenizer.encode(["red " * (MAX_TOKENS - 2)])
-        assert caplog.messages == []
-        tokenizer.encode(["red " * (MAX_TOKENS + 3)])
-        tokenizer.encode(["red " * (MAX_TOKENS + 3)])
-    assert len(caplog.messages) == 1
-    assert "5 tokens too long" in caplog.messages[0]
-    assert "red" not in caplog.messages[0], "a log is read by others than the prompt's author"
+def test_the_ids_of_a_text_are_neither_framed_nor_cut(tokenizer: Tokenizer) -> None:
+    red = vocabulary()["red</w>"]
+    assert tokenizer.ids("red " * 200) == [red] * 200
+    assert tokenizer.ids("") == []
+
+
+def test_the_special_ids_are_those_of_the_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert (tokenizer.start, tokenizer.end, tokenizer.pad) == (START, END, END)
+    assert tokenizer.comma == vocabulary()[",</w>"]
+    write_tokenizer(tmp_path, pad="!")  # as Stable Diffusion 2.x has it
+    second = Tokenizer.from_folder(tmp_path)
+    assert (second.end, second.pad) == (END, vocabulary()["!"])
+    assert second.encode(["red"]).tolist()[0][-2:] == [vocabulary()["!"]] * 2
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])

@@ -1,0 +1,65 @@
+"""What the U-Net attends to: the keys and values of one prompt, and those of a pack.
+
+Legend of the shape suffixes: U U-Net rows, R those of a run, G attention heads, T text tokens, K width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from sd_engine.layers import KeysValues
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """One prompt, as the cross-attention layers of a U-Net see it.
+
+    layers: keys and values in one tensor [2, G, T, K] for each layer, in the order of `UNet.blocks`.
+    """
+
+    layers: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many text tokens there are."""
+        return self.layers[0].shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackContext:
+    """The contexts of a pack's U-Net rows, in runs of neighbours with equally many tokens.
+
+    A run attends in one call of its own: so there is no padding and no mask, and what a row attends to is the same
+    whatever the prompts of its neighbours are.
+    """
+
+    runs: tuple[tuple[Context, ...], ...]
+
+    def layer(self, index: int) -> list[KeysValues]:
+        """Keys and values of one layer, each [R, G, T, K], of every run in order.
+
+        Stacked only when the layer asks: those of all layers would be alive at once otherwise.
+        """
+        stacked = (torch.stack([context.layers[index] for context in run]) for run in self.runs)
+        return [(each[:, 0], each[:, 1]) for each in stacked]
+
+
+def join(contexts: Sequence[Context]) -> PackContext:
+    """The contexts of a pack's U-Net rows, as the U-Net takes them."""
+    runs = groupby(contexts, key=lambda context: context.tokens)
+    return PackContext(tuple(tuple(run) for _, run in runs))
+
+
+def tokens(context: Context) -> int:
+    """How many text tokens the context has: rows with equally many should be neighbours in a pack."""
+    return context.tokens
