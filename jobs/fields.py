@@ -24,7 +24,7 @@ MAX_UPSCALE = 4.0
 MAX_LARGER_SIDE = 4096
 
 _SIDE = f"a multiple of 8 from 64 to {MAX_SIDE}, or none for the init_image's, else the model's own"
-_PICTURE = "a PNG, JPEG or WebP picture: its bytes, its path, or a key inputs/<sha256>.<png|jpg|webp>"
+_PICTURE = "a PNG, JPEG or WebP picture: its bytes, its path, or its key in the storage"
 _ONE_SPACING = ", ".join(family.name for family in FAMILIES if family.scheduler is not None)
 _ALL_SPACINGS = ", ".join(family.name for family in FAMILIES if family.scheduler is None)
 

@@ -7,15 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
 import pytest
 
-from jobs import SAMPLERS, Client, Settings, State
+from jobs import Client, JobSpec, Settings, State
 from jobs.bulkfile import read_bulk
+from jobs.fields import ALLOWED
+from jobs.options import GROUPS
+from jobs.samplers import FAMILIES, members
 from worker.cli import worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,9 +114,33 @@ def test_a_word_of_the_glossary_is_explained_and_lives_where_it_says(word: str) 
     assert place == "Redis" or (ROOT / place.strip("`")).is_file()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_is_in_the_readme(sampler: str) -> None:
-    assert f"`{sampler}`" in README
+def sampler_table() -> Iterator[str]:
+    """The README's table of sampler names, from the names themselves."""
+    yield "| name | A1111 | ComfyUI: `sampler_name` | its `scheduler` |"
+    yield "|---|---|---|---|"
+    for family in FAMILIES:
+        named = list(members(family))
+        comfy = [names.comfy for names in named if names.comfy]
+        schedulers = ", ".join(f"`{scheduler}`" for _, scheduler in comfy) or "-"
+        sampler = f"`{comfy[0][0]}`" if comfy else "-"
+        ours = ", ".join(f"`{names.name}`" for names in named)
+        yield f"| {ours} | {', '.join(names.a1111 for names in named)} | {sampler} | {schedulers} |"
+
+
+def field_table() -> Iterator[str]:
+    """The README's table of the spec's fields, from the spec itself."""
+    yield "| field | is | allowed | default |"
+    yield "|---|---|---|---|"
+    meanings = {field: meaning for fields in GROUPS.values() for field, (_, meaning) in fields.items()}
+    for field in ("prompt", *meanings):
+        default = JobSpec.model_fields[field].default
+        shown = "" if field == "prompt" else "none" if default in (None, "") else f"`{default}`"
+        yield f"| `{field}` | {meanings.get(field, 'what is to be seen')} | {ALLOWED[field]} | {shown} |"
+
+
+@pytest.mark.parametrize("table", [sampler_table, field_table])
+def test_a_table_of_the_readme_is_that_of_the_code(table: Callable[[], Iterator[str]]) -> None:
+    assert "\n".join(table()) in README, "write this table instead:\n" + "\n".join(table())
 
 
 def test_the_way_of_a_job_has_eight_lines() -> None:
