@@ -17,6 +17,7 @@ NightshiftError
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class NightshiftError(Exception):
@@ -86,5 +87,5 @@ def shown(value: object) -> str:
     """A value as errors quote it: whole when it is short, so that a megabyte is not repeated."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
-    text = repr(value)
+    text = repr(str(value) if isinstance(value, Path) else value)
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"

@@ -83,7 +83,8 @@ def members(family: Family) -> Iterator[Names]:
         theirs = [one for one in (family.comfy, *family.also) if one is not None]
         alone = theirs if spacing is PLAIN else []
         accepted = (label, *alone, *(f"{one} {scheduler}" for one in theirs))
-        yield Names(name, label, family.comfy and (family.comfy, scheduler), accepted)
+        comfy = None if family.comfy is None else (family.comfy, scheduler)
+        yield Names(name, label, comfy, accepted)
 
 
 TABLE: Mapping[str, Names] = {names.name: names for family in FAMILIES for names in members(family)}

@@ -19,7 +19,11 @@ from jobs.fields import ALLOWED, MODEL_NAME
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")
-ModelPath = Path | Literal["shipped"]
+#: Where a model is: a path, the one inside the package, or the shelf (what `nightshift models add` put on this machine).
+ModelPath = Path | Literal["shipped", "shelf"]
+
+#: What is served where nobody chose, and its name.
+SHIPPED: Mapping[str, ModelPath] = {"nightshift-mini": "shipped"}
 
 
 def database_in(home: Path) -> str:
@@ -30,10 +34,6 @@ def database_in(home: Path) -> str:
 def storage_in(home: Path) -> str:
     """The URL of the embedded storage in this data directory."""
     return (home / "storage").as_uri()
-
-
-def _shipped_model() -> dict[str, ModelPath]:
-    return {"nightshift-mini": "shipped"}
 
 
 class Settings(BaseSettings):
@@ -63,8 +63,9 @@ class Settings(BaseSettings):
         description="file:///dir or s3://bucket/prefix; credentials and endpoint by boto3's own variables (AWS_...)",
     )
     models: Annotated[dict[str, ModelPath], NoDecode] = Field(
-        default_factory=_shipped_model,
-        description="the worker's models: name=path, separated by commas; the path `shipped` is the model inside",
+        default_factory=lambda: dict(SHIPPED),
+        description="the worker's models, separated by commas: name=path, or the name alone of one on the shelf; "
+        "the path `shipped` is the model inside; unset: that one and the whole shelf",
     )
 
     def __init__(self, **values: Any) -> None:
@@ -94,16 +95,22 @@ class Settings(BaseSettings):
     @field_validator("models", mode="before")
     @classmethod
     def _read_models(cls, value: object) -> object:
-        """`name=path,name=path`; a mapping passes as it is."""
+        """`name=path,name`; a name alone is on the shelf, or the shipped model's. A mapping passes as it is."""
         if isinstance(value, Mapping):
             return dict(value)
         pairs = [pair.strip() for pair in str(value).split(",") if pair.strip()]
-        models = {name.strip(): path.strip() for name, found, path in (pair.partition("=") for pair in pairs) if found}
+        split = ((name.strip(), found, path.strip()) for name, found, path in (pair.partition("=") for pair in pairs))
+        models = {name: path if found else SHIPPED.get(name, "shelf") for name, found, path in split}
         if len(models) != len(pairs) or not all(models) or not all(models.values()):
-            raise ValueError("is no list of distinct name=path, separated by commas")
+            raise ValueError("is no list of distinct name=path or names on the shelf, separated by commas")
         if not all(re.fullmatch(MODEL_NAME, name) for name in models):
             raise ValueError(f"has a name that no job can ask for; allowed: {ALLOWED['model']}")
         return models
+
+    @property
+    def serves_whole_shelf(self) -> bool:
+        """Whether nobody chose the models: then a worker serves the shelf beside the shipped one."""
+        return "models" not in self.model_fields_set
 
     @property
     def embedded(self) -> bool:

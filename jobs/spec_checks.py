@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import FieldError, shown
@@ -76,7 +77,7 @@ def idle_fields(fields: Mapping[str, Any]) -> set[str]:
 def with_stand_ins(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The written fields and what they need, so that they can be read for themselves."""
     found = dict(fields)
-    for field, need in reversed(NEEDS.items()):
+    for field, need in reversed(list(NEEDS.items())):
         if field in found:
             found.setdefault(need.of, need.stand_in)
     return found
@@ -88,10 +89,15 @@ def complaints(spec: JobSpec) -> list[FieldError]:
 
 
 def _idle(spec: JobSpec) -> Iterator[FieldError]:
-    for field in NEEDS:
-        value, need = getattr(spec, field), NEEDS[field]
-        if value != type(spec).model_fields[field].default and not need.met(getattr(spec, need.of)):
-            yield FieldError(field, f"{shown(value)} was given without {need.what}; give both or none")
+    fields, defaults = spec.__dict__, _defaults(type(spec))
+    for field, need in NEEDS.items():
+        if fields[field] != defaults[field] and not need.met(fields[need.of]):
+            yield FieldError(field, f"{shown(fields[field])} was given without {need.what}; give both or none")
+
+
+@cache
+def _defaults(kind: type[JobSpec]) -> Mapping[str, object]:
+    return {field: kind.model_fields[field].default for field in NEEDS}
 
 
 def _too_few_steps(spec: JobSpec) -> Iterator[FieldError]:

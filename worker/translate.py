@@ -28,7 +28,7 @@ def to_requests(spec: JobSpec, storage: Storage) -> list[Request]:
         raise Unusable("seed: none in the stored spec; submit the job again through jobs.Client.")
     same: dict[str, Any] = {name: getattr(spec, name) for name in _SAME}
     try:
-        pictures = {
+        pictures: dict[str, Any] = {
             "init_image": _picture("init_image", spec.input_key, read_picture, storage),
             "mask": _picture("mask", spec.mask_key, read_mask, storage),
         }

@@ -90,8 +90,8 @@ def test_a_common_option_is_for_the_rows_that_can_use_it(tmp_path: Path) -> None
 
 def test_a_mask_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     text = '{"prompt": "a", "init_image": "/b.png", "mask": "m/m.png"}\n'
-    (row,) = rows(tmp_path, "a.jsonl", text, mask="other.png")
-    assert row.spec is not None
+    (row,) = rows(tmp_path, "a.jsonl", text, mask="other.png", mask_blur="4")
+    assert row.spec is not None and row.spec.mask_blur == 4
     assert (row.spec.init_image, row.spec.mask) == (Path("/b.png"), tmp_path / "m" / "m.png")
 
 

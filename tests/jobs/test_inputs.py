@@ -113,8 +113,8 @@ class Watched(DirStorage):
 def test_a_picture_that_many_specs_name_is_looked_at_once(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     good.write_bytes(drawn())
-    inputs = Inputs(lambda: storage)
     storage = Watched(tmp_path / "storage")
+    inputs = Inputs(lambda: storage)
     first = inputs.stored(JobSpec(prompt="a", init_image=good))
     good.unlink()
     assert inputs.stored(JobSpec(prompt="b", init_image=good)).input_key == first.input_key

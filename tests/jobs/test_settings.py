@@ -40,6 +40,14 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "geheim" not in repr(settings)
 
 
+def test_a_name_alone_is_a_model_of_the_shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().serves_whole_shelf
+    monkeypatch.setenv("NIGHTSHIFT_MODELS", "nightshift-mini, sd15 ,anime")
+    settings = Settings()
+    assert settings.models == {"nightshift-mini": "shipped", "sd15": "shelf", "anime": "shelf"}
+    assert not settings.serves_whole_shelf
+
+
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_BROKER_URL", "")
     assert Settings().broker_url == "memory://"
@@ -66,7 +74,8 @@ def test_the_home_is_for_its_owner_alone(settings: Settings) -> None:
         ("broker_url", "filesystem://geheim", "lose messages"),
         ("storage_url", "/geheim", "file:///dir"),
         ("storage_url", "ftp://geheim", "known are file://"),
-        ("models", "geheim", "name=path"),
+        ("models", "geheim=", "name=path"),
+        ("models", "geheim/x.ckpt", "no job can ask for"),
         ("models", "a=geheim,a=y", "distinct"),
         ("models", "=geheim", "name=path"),
         ("models", "a geheim=shipped", "no job can ask for"),
