@@ -19,7 +19,7 @@ from jobs.fields import ALLOWED, MODEL_NAME
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")
-#: Where a model is: a path, the one inside the package, or the shelf (what `nightshift models add` put on this machine).
+#: Where a model is: a path, inside the package, or on the shelf (what `nightshift models add` put on this machine).
 ModelPath = Path | Literal["shipped", "shelf"]
 
 #: What is served where nobody chose, and its name.
