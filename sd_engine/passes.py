@@ -31,7 +31,7 @@ def second_row(row: Row) -> Row | None:
 
     It has the same id, and the same source of noise: its draws go on.
     """
-    if row.second is None or not row.done or row.cancelled or row.error is not None:
+    if row.second is None or not row.done:
         return None
     assert row.latent is not None, "a row that is done has a latent"
     row.second.noise, row.second.first_pass = row.noise, row.latent.clone()
@@ -39,4 +39,4 @@ def second_row(row: Row) -> Row | None:
 
 
 def _table(request: Request, model: Model, steps: int, strength: float | None) -> StepTable:
-    return step_table(request.sampler, model.schedule, steps, strength)
+    return step_table(request.sampler, model.schedule, steps, strength, eta=request.eta)

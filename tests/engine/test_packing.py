@@ -34,6 +34,19 @@ POOL = (
     Request("cat cat", seed=7, steps=3, guidance=4.0, sampler="euler", width=96, height=64),
     Request("at", seed=8, steps=5, guidance=None, sampler="euler_a_karras", init_image=INIT, strength=0.9),
     Request("red", seed=9, steps=4, guidance=2.0, sampler="ddim", width=64, height=104),
+    # Every other sampler once, spread over the three ways to lay its noise levels out.
+    Request("cat", seed=10, steps=3, guidance=3.0, sampler="ddim", eta=0.7, width=64, height=64),
+    Request("a red", seed=11, steps=5, guidance=5.0, sampler="pndm", width=64, height=64),
+    Request("red cat", seed=12, steps=4, guidance=None, sampler="lcm", width=64, height=64),
+    Request("cat", seed=13, steps=5, guidance=6.0, sampler="lms_karras", width=64, height=64),
+    Request("red", seed=14, steps=3, guidance=2.5, sampler="heun_exponential", width=64, height=64),
+    Request("at", seed=15, steps=3, guidance=None, sampler="dpm2", width=64, height=64),
+    Request("cat at", seed=16, steps=4, guidance=4.0, sampler="dpm2_a_karras", init_image=INIT, strength=0.8),
+    Request("red", seed=17, steps=4, guidance=3.0, sampler="dpmpp_2m_sde_exponential", width=64, height=64),
+    Request("a cat", seed=18, steps=3, guidance=7.0, sampler="dpmpp_sde", width=64, height=64),
+    Request("cat", seed=19, steps=3, guidance=None, sampler="dpmpp_2s_a_karras", width=64, height=64),
+    Request("red red", seed=20, steps=5, guidance=3.5, sampler="dpmpp_3m_sde", width=64, height=64, noise="cuda"),
+    Request("at", seed=21, steps=5, guidance=5.0, sampler="unipc_karras", init_image=INIT, strength=0.7),
 )
 
 
@@ -105,7 +118,12 @@ def test_any_mix_of_requests_arrivals_and_cancels_draws_each_image_as_if_alone(
 
 
 def test_every_sampler_is_in_the_pool() -> None:
-    assert {request.sampler for request in POOL} == set(SAMPLERS)
+    """With one of its spreads: those differ in their numbers alone."""
+    spreads = ("_karras", "_exponential")
+    pooled = {request.sampler for request in POOL}
+    bases = {sampler.removesuffix("_karras").removesuffix("_exponential") for sampler in pooled}
+    assert bases == {sampler for sampler in SAMPLERS if not sampler.endswith(spreads)}
+    assert all(any(sampler.endswith(spread) for sampler in pooled) for spread in spreads)
 
 
 def test_different_requests_of_one_lane_share_one_unet_call(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

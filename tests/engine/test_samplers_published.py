@@ -28,12 +28,16 @@ from tests.engine.sampler_ways import (
     model,
     reference,
     table_way,
+    truncated,
 )
 
 # diffusers 0.42 turns its sigmas into numpy in a way that numpy 2 warns of; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-PUBLISHED = ("euler_a_karras", "euler_a_exponential", "dpm2_a", "dpmpp_2s_a", "dpmpp_3m_sde")
+# dpm2_a has a class, but one that loses its digits where sigmas are large.
+PUBLISHED = ("euler_a_karras", "euler_a_exponential", "dpm2_a") + tuple(
+    sampler for sampler in SAMPLERS if base(sampler) in ("dpmpp_2s_a", "dpmpp_3m_sde")
+)
 
 # Both sides are float64, but the reference lays its sigmas out in float32: 6e-8 each, and from sigma 4e3 on (zero SNR)
 # a few of them add up to 2e-6.
@@ -177,7 +181,8 @@ def test_every_line_is_the_published_formulas(sampler: str, config: str) -> None
             start = None if strength is None else steps - int(steps * strength)
             wanted = published_way(sampler, settings, steps, start, theirs)
             table = step_table(sampler, NoiseSchedule.from_config(settings), steps, strength)
-            found = list(table_way(table, strength, ours))
+            told = iter([step.t for step in wanted[1:]]) if truncated(sampler) else None
+            found = list(table_way(table, strength, ours, told=told))
             assert_same_steps(sampler, found, wanted, RELATIVE, f"{prediction}, {steps} steps, {strength=}")
             assert torch.equal(theirs.get_state(), ours.get_state()), "a different number of draws"
 

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from sd_engine.errors import InvalidRequest, WeightsError
-from sd_engine.schedules import NoiseSchedule, karras_sigmas
+from sd_engine.schedules import NoiseSchedule, exponential_sigmas, karras_sigmas
 
 # diffusers 0.42 turns its sigmas into numpy in a way that numpy 2 warns of; nothing of ours does.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -25,13 +25,27 @@ BETAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("betas", BETAS)
-def test_alphas_are_the_references(betas: str) -> None:
+def test_alphas_are_the_references_to_the_bit(betas: str) -> None:
+    """Some timesteps are truncated, so the last bit of a noise level can be a whole timestep."""
     wanted = DDPMScheduler.from_config(BETAS[betas]).alphas_cumprod.numpy()
     found = NoiseSchedule.from_config(BETAS[betas]).alphas_cumprod
     assert found.dtype == np.float64
-    # Both are products of a thousand float32 numbers, theirs rounded after each: a few of its 6e-8 steps apart.
-    np.testing.assert_allclose(found, wanted, rtol=2e-6)
-    np.testing.assert_allclose(1 - found, 1 - wanted.astype(np.float64), rtol=2e-6)
+    if betas == "cosine":  # numpy's and Python's cosine may differ in their last bit
+        np.testing.assert_allclose(found, wanted, rtol=2e-6)
+    else:
+        assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_zero_terminal_snr_is_the_references(betas: str) -> None:
+    config = BETAS[betas] | {"rescale_betas_zero_snr": True}
+    schedule = NoiseSchedule.from_config(config)
+    wanted = DDPMScheduler.from_config(config).alphas_cumprod.numpy()
+    assert schedule.alphas_cumprod[-1] == wanted[-1] == 0
+    # Differences of float32 roots, of which torch's own are not always rounded right: 6e-8 each.
+    np.testing.assert_allclose(np.sqrt(schedule.alphas_cumprod), np.sqrt(wanted), rtol=0, atol=5e-7)
+    largest = float(EulerDiscreteScheduler.from_config(config).sigmas[0])
+    assert schedule.train_sigmas[-1] == pytest.approx(largest, rel=2e-7) == pytest.approx(4096, rel=2e-7)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7, 20, 50, 99])
@@ -72,6 +86,35 @@ def test_karras_timesteps_of_every_count_round_to_the_references(betas: str) -> 
         assert list(np.floor(found) if betas == "cosine" else np.round(found)) == made.timesteps.tolist()
 
 
+@pytest.mark.parametrize("betas", ["sd15", "mini", "linear"])
+def test_exponential_timesteps_of_every_count_truncate_to_the_references(betas: str) -> None:
+    config = BETAS[betas]
+    schedule = NoiseSchedule.from_config(config)
+    made = DPMSolverMultistepScheduler.from_config(config, use_exponential_sigmas=True)
+    for steps in range(2, 60):
+        made.set_timesteps(steps)
+        sigmas = exponential_sigmas(schedule.train_sigmas[-1], schedule.train_sigmas[0], steps)
+        # torch's float32 roots are not always rounded right (1.2e-7), so a fraction next to a whole can fall below it.
+        np.testing.assert_allclose(sigmas, made.sigmas[:-1], rtol=2e-7)
+        nearest = np.floor(schedule.sigma_to_t(sigmas) + np.array([[-1e-3], [1e-3]]))
+        assert ((nearest[0] <= made.timesteps.numpy()) & (made.timesteps.numpy() <= nearest[1])).all()
+
+
+def test_given_betas_are_taken_as_they_are() -> None:
+    betas = np.geomspace(1e-4, 0.2, 100)
+    schedule = NoiseSchedule.from_config({"trained_betas": betas.tolist(), "num_train_timesteps": 100})
+    wanted = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=100).alphas_cumprod.numpy()
+    assert np.array_equal(schedule.alphas_cumprod, wanted)
+
+
+@pytest.mark.parametrize("betas", [[0.1, 0.2], [0.5] * 999 + [1.0], [0.5] * 999 + [float("nan")], []])
+def test_betas_that_are_no_schedule_are_refused(betas: list[float]) -> None:
+    with pytest.raises(
+        WeightsError, match=r"trained_betas=\d+ numbers from .* num_train_timesteps=1000 numbers between"
+    ):
+        NoiseSchedule.from_config({"trained_betas": betas})
+
+
 def test_karras_sigmas_run_from_the_largest_to_the_smallest() -> None:
     sigmas = karras_sigmas(14.6, 0.03, 10)
     assert np.all(np.diff(sigmas) < 0)
@@ -99,23 +142,76 @@ def test_a_missing_setting_has_the_references_default() -> None:
         beta_schedule="linear",
         spacing=None,
         steps_offset=0,
-        set_alpha_to_one=True,
+        set_alpha_to_one=None,
     )
+
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+# What the files of well-known folders say, each under the class that it names.
+FILES: dict[str, tuple[dict[str, Any], NoiseSchedule]] = {
+    "PNDMScheduler (SD 1.5)": (
+        SD | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1},
+        NoiseSchedule(spacing=None),
+    ),
+    "DDIMScheduler (SD 2.1)": (
+        SD
+        | {"clip_sample": False, "prediction_type": "v_prediction", "set_alpha_to_one": False, "steps_offset": 1}
+        | {"skip_prk_steps": True, "trained_betas": None},
+        NoiseSchedule(spacing=None, prediction="v_prediction"),
+    ),
+    "EulerDiscreteScheduler (SD Turbo)": (
+        SD
+        | {"clip_sample": False, "interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0}
+        | {"set_alpha_to_one": False, "sigma_max": None, "sigma_min": None, "skip_prk_steps": True, "steps_offset": 1}
+        | {"timestep_spacing": "trailing", "timestep_type": "discrete", "use_karras_sigmas": False},
+        NoiseSchedule(spacing="trailing"),
+    ),
+    "DPMSolverMultistepScheduler, as many community folders have it": (
+        SD
+        | {"algorithm_type": "sde-dpmsolver++", "dynamic_thresholding_ratio": 0.995, "euler_at_final": False}
+        | {"final_sigmas_type": "sigma_min", "lambda_min_clipped": -float("inf"), "lower_order_final": True}
+        | {"solver_order": 3, "solver_type": "heun", "steps_offset": 1, "thresholding": False, "use_lu_lambdas": True}
+        | {"timestep_spacing": "leading", "use_karras_sigmas": True, "use_exponential_sigmas": False}
+        | {"variance_type": None, "use_flow_sigmas": False, "use_beta_sigmas": True},
+        NoiseSchedule(set_alpha_to_one=None),
+    ),
+    "DDIMScheduler with zero terminal SNR": (
+        SD | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        NoiseSchedule(
+            spacing="trailing", prediction="v_prediction", zero_snr=True, steps_offset=0, set_alpha_to_one=None
+        ),
+    ),
+    "LCMScheduler": (
+        SD | {"original_inference_steps": 100, "timestep_scaling": 10.0, "set_alpha_to_one": True, "steps_offset": 1},
+        NoiseSchedule(spacing=None, set_alpha_to_one=True, lcm_steps=100),
+    ),
+    "DDPMScheduler that predicts the picture": (
+        SD | {"prediction_type": "sample", "variance_type": "fixed_large", "steps_offset": 1},
+        NoiseSchedule(spacing=None, prediction="sample", set_alpha_to_one=None),
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_real_folders_file_is_read_and_its_choice_of_a_sampler_left_to_the_request(file: str) -> None:
+    config, wanted = FILES[file]
+    assert NoiseSchedule.from_config(config | {"_class_name": file.split()[0]}) == wanted
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("prediction_type", "sample"),
+        ("prediction_type", "flow_prediction"),
         ("beta_schedule", "sigmoid"),
         ("timestep_spacing", "uneven"),
-        ("trained_betas", [0.1, 0.2]),
         ("clip_sample", True),
         ("thresholding", True),
-        ("rescale_betas_zero_snr", True),
         ("variance_type", "learned"),
-        ("final_sigmas_type", "sigma_min"),
-        ("solver_order", 3),
+        ("interpolation_type", "log_linear"),
+        ("timestep_type", "continuous"),
+        ("sigma_max", 700.0),
+        ("use_flow_sigmas", True),
+        ("timestep_scaling", 1.0),
     ],
 )
 def test_a_setting_that_is_not_built_is_refused_by_name_and_value(setting: str, value: object) -> None:
