@@ -290,7 +290,7 @@ def test_db_upgrade_on_postgres(postgres_url: str, monkeypatch: pytest.MonkeyPat
         ("NIGHTSHIFT_DATABASE_URL", "mysql://me:geheim@host/x", 2),
         ("NIGHTSHIFT_BROKER_URL", "geheim", 2),
         ("NIGHTSHIFT_STORAGE_URL", "geheim", 2),
-        ("NIGHTSHIFT_MODELS", "geheim", 2),
+        ("NIGHTSHIFT_MODELS", "geheim=", 2),
     ],
 )
 def test_a_bad_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, name: str, value: str, exit_code: int) -> None:
