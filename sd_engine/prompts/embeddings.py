@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_engine.errors import WeightsError
-from sd_engine.tensorfile import opened
+from sd_engine.layouts import opened
 
 _PICKLES: Final = (".pt", ".bin")
 _SAFETENSORS: Final = ".safetensors"

@@ -72,22 +72,28 @@ class PromptEncoder:
     def _compute(self, prompts: dict[_Key, list[Chunk]]) -> dict[_Key, Context]:
         """One prompt at a time, so that no neighbour can change its bits."""
         with self.model.at_work("text_encoder"):
-            texts = {key: self._text(key, chunks) for key, chunks in prompts.items()}
+            texts = {
+                key: encode(self.model, self._filled(key, chunks), key.clip_skip) for key, chunks in prompts.items()
+            }
         with self.model.at_work("unet"):
             return {key: self.model.unet.context(text_TD) for key, text_TD in texts.items()}
 
-    def _text(self, key: _Key, chunks: Sequence[Chunk]) -> Tensor:
-        """The encoded prompt [T, D]: its chunks, each encoded by itself, one after the other."""
-        filled = [*chunks, *[self.chunker.empty] * (key.chunks - len(chunks))]
-        return torch.cat([self._encoded(chunk, key.clip_skip) for chunk in filled])
+    def _filled(self, key: _Key, chunks: Sequence[Chunk]) -> list[Chunk]:
+        return [*chunks, *[self.chunker.empty] * (key.chunks - len(chunks))]
 
-    def _encoded(self, chunk: Chunk, clip_skip: int) -> Tensor:
-        encoder = self.model.text_encoder
-        words_1TD = encoder.token_embedding(torch.tensor([chunk.ids], device=self.model.device))
-        for position, vectors in chunk.learned:
-            words_1TD[:, position : position + len(vectors)] = vectors
-        text_TD = encoder.encode(words_1TD, clip_skip)[0]
-        return text_TD if set(chunk.weights) == {1.0} else emphasized(text_TD, chunk.weights)
+
+def encode(model: Model, chunks: Sequence[Chunk], clip_skip: int = 1) -> Tensor:
+    """The encoded prompt [T, D]: its chunks, each encoded by itself, one after the other."""
+    with model.at_work("text_encoder"):
+        return torch.cat([_encoded(model, chunk, clip_skip) for chunk in chunks])
+
+
+def _encoded(model: Model, chunk: Chunk, clip_skip: int) -> Tensor:
+    words_1TD = model.text_encoder.token_embedding(torch.tensor([chunk.ids], device=model.device))
+    for position, vectors in chunk.learned:
+        words_1TD[:, position : position + len(vectors)] = vectors
+    text_TD = model.text_encoder.encode(words_1TD, clip_skip)[0]
+    return text_TD if set(chunk.weights) == {1.0} else emphasized(text_TD, chunk.weights)
 
 
 def emphasized(text_TD: Tensor, weights: Sequence[float]) -> Tensor:

@@ -18,11 +18,11 @@ from tests.tiny_model import randomize
 TOLERANCE = 1e-5
 
 
-def pair(activation: str, heads: int) -> tuple[Any, ClipTextEncoder]:
+def pair(activation: str, heads: int, layers: int = 2) -> tuple[Any, ClipTextEncoder]:
     """The reference and ours, with the same random weights."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=99, hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=heads,
+        vocab_size=99, hidden_size=48, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=heads,
         max_position_embeddings=77, hidden_act=activation, bos_token_id=97, eos_token_id=98, pad_token_id=98,
     )  # fmt: skip
     reference: Any = CLIPTextModel(config)
@@ -40,6 +40,15 @@ def test_the_text_encoder_equals_the_reference(activation: str, heads: int) -> N
     reference, ours = pair(activation, heads)
     ids = torch.randint(0, 97, (3, 77), generator=torch.Generator().manual_seed(2))
     assert difference(ours(ids), reference(ids).last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2, 4, 5])
+@torch.no_grad()
+def test_an_earlier_layer_is_the_references_hidden_state_and_the_final_norm(clip_skip: int) -> None:
+    reference, ours = pair("quick_gelu", 4, layers=5)
+    ids = torch.randint(0, 97, (3, 77), generator=torch.Generator().manual_seed(2))
+    hidden = reference(ids, output_hidden_states=True).hidden_states[-clip_skip]
+    assert difference(ours(ids, clip_skip), reference.final_layer_norm(hidden)) < TOLERANCE
 
 
 @torch.no_grad()
