@@ -1,20 +1,26 @@
 """Key maps: how the tensors of a weights file are called there, and here. They are data: rules, read by `KeyMap`.
 
-Two layouts are known. The diffusers folder (diffusers and transformers; old files of theirs too) has one file for each
-component. The original checkpoint ("LDM", CompVis and RunwayML) has everything in one file, with blocks counted
-through all levels, so that its rules depend on the configuration.
+Here are the names of the diffusers folder (diffusers and transformers; old files of theirs too), in both directions.
+Those of the original checkpoint are in `keymaps_ldm.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from sd_engine.config import UNetConfig, VaeConfig
-
 Rule = tuple[str, str]  # a regular expression, and what stands here in its place
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A parameter of ours, and which part of a file's tensor it is: the `part`-th of `parts` equal ones."""
+
+    ours: str
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,26 +31,38 @@ class KeyMap:
     ignored: tuple[str, ...] = ()
     # Keys (ours) of linear layers that the file keeps as 1x1 convolutions, [out, in, 1, 1].
     squeezed: tuple[str, ...] = ()
+    # Keys (the file's) whose tensor is several of ours, stacked along its first dimension in equal parts.
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def rename(self, key: str) -> str | None:
         """Our name of the file's `key`; None: it is to be ignored. An unknown key comes back as it is."""
-        if _matches(self.ignored, key):
+        if matches(self.ignored, key):
             return None
         for pattern, replacement in self.rules:
             key = re.sub(pattern, replacement, key)
         return key
 
+    def places(self, key: str) -> tuple[Place, ...]:
+        """Where the tensor of the file's `key` belongs: one place, several for a stacked one, none for an ignored."""
+        for pattern, replacements in self.stacked:
+            if re.search(pattern, key):
+                names = (self.rename(re.sub(pattern, replacement, key)) for replacement in replacements)
+                return tuple(Place(name, i, len(replacements)) for i, name in enumerate(names) if name is not None)
+        ours = self.rename(key)
+        return () if ours is None else (Place(ours),)
+
     def is_squeezed(self, ours: str) -> bool:
         """Whether the file may have [out, in, 1, 1] where we have [out, in]."""
-        return _matches(self.squeezed, ours)
+        return matches(self.squeezed, ours)
 
 
-def _matches(patterns: tuple[str, ...], key: str) -> bool:
+def matches(patterns: tuple[str, ...], key: str) -> bool:
+    """Whether one of the regular expressions is found in `key`."""
     return any(re.search(pattern, key) for pattern in patterns)
 
 
 # Inside a transformer block both layouts have the same names.
-_TRANSFORMER: Final[tuple[Rule, ...]] = (
+TRANSFORMER: Final[tuple[Rule, ...]] = (
     (r"\.transformer_blocks\.0\.", ".block."),
     (r"\.ff\.net\.0\.proj\.", ".ff.proj_in."),
     (r"\.ff\.net\.2\.", ".ff.proj_out."),
@@ -60,17 +78,19 @@ TEXT: Final = KeyMap(
         (r"^(text_model\.)?final_layer_norm\.", "final_layer_norm."),
         (r"^(layers\.\d+)\.mlp\.", r"\1."),
     ),
-    ignored=(r"(^|\.)embeddings\.position_ids$",),
+    ignored=(r"(^|\.)embeddings\.position_ids$", r"^(logit_scale|text_projection(\.weight)?)$"),
 )
 
 DIFFUSERS_UNET: Final = KeyMap(
     rules=(
-        *_TRANSFORMER,
+        *TRANSFORMER,
         (r"\.downsamplers\.0\.", ".downsample."),
         (r"\.upsamplers\.0\.", ".upsample."),
     )
 )
 
+# Its attention was made of 1x1 convolutions, and some conversions kept their shape.
+VAE_SQUEEZED: Final = (r"\.attention\.to_(q|k|v|out)\.weight$",)
 _VAE_ATTENTION: Final = r"(mid_block\.attentions\.0)\."
 DIFFUSERS_VAE: Final = KeyMap(
     rules=(
@@ -82,99 +102,44 @@ DIFFUSERS_VAE: Final = KeyMap(
         (_VAE_ATTENTION + r"(?:to_k|key)\.", r"\1.attention.to_k."),
         (_VAE_ATTENTION + r"(?:to_v|value)\.", r"\1.attention.to_v."),
         (_VAE_ATTENTION + r"(?:to_out\.0|proj_attn)\.", r"\1.attention.to_out."),
-    )
+    ),
+    squeezed=VAE_SQUEEZED,
 )
 
 DIFFUSERS: Final[Mapping[str, KeyMap]] = {"text_encoder": TEXT, "unet": DIFFUSERS_UNET, "vae": DIFFUSERS_VAE}
 
-LDM_PREFIXES: Final[Mapping[str, str]] = {
-    "text_encoder": "cond_stage_model.transformer.",
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
+# Our names to the folder's: the way back. `diffusers_name` holds the two directions against each other.
+_TO_DIFFUSERS: Final[Mapping[str, tuple[Rule, ...]]] = {
+    "text_encoder": (
+        (r"^(token|position)_embedding\.", r"text_model.embeddings.\1_embedding."),
+        (r"^layers\.", "text_model.encoder.layers."),
+        (r"^final_layer_norm\.", "text_model.final_layer_norm."),
+        (r"\.(fc[12])\.", r".mlp.\1."),
+    ),
+    "unet": (
+        (r"\.block\.", ".transformer_blocks.0."),
+        (r"\.ff\.proj_in\.", ".ff.net.0.proj."),
+        (r"\.ff\.proj_out\.", ".ff.net.2."),
+        (r"\.to_out\.", ".to_out.0."),
+        (r"\.downsample\.", ".downsamplers.0."),
+        (r"\.upsample\.", ".upsamplers.0."),
+    ),
+    "vae": (
+        (r"^(encoder\.levels\.\d+)\.resample\.", r"\1.downsamplers.0."),
+        (r"^(decoder\.levels\.\d+)\.resample\.", r"\1.upsamplers.0."),
+        (r"^encoder\.levels\.", "encoder.down_blocks."),
+        (r"^decoder\.levels\.", "decoder.up_blocks."),
+        (r"\.attention\.to_out\.", ".to_out.0."),
+        (r"\.attention\.", "."),
+    ),
 }
-# What training left in the file: the noise schedule (given by the configuration), the average of the U-Net's
-# weights (the plain ones are what the reference draws with), the VAE's critic, CLIP's projections to its image half.
-LDM_IGNORED: Final = (
-    r"^(betas|alphas_cumprod(_prev)?|sqrt_(one_minus_|recip_|recipm1_)?alphas_cumprod|log_one_minus_alphas_cumprod)$",
-    r"^(posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|lvlb_weights|logvar|scale_factor)$",
-    r"^model_ema\.",
-    r"^first_stage_model\.loss\.",
-    r"^cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)$",
-)
 
 
-def is_ldm_leftover(key: str) -> bool:
-    """Whether a key of an original checkpoint belongs to its training, not to the model."""
-    return _matches(LDM_IGNORED, key)
-
-
-def ldm(unet: UNetConfig, vae: VaeConfig) -> dict[str, KeyMap]:
-    """The key map of each component of an original checkpoint, for keys without their prefix."""
-    return {"text_encoder": TEXT, "unet": ldm_unet(unet), "vae": ldm_vae(vae)}
-
-
-_LDM_RESNET: Final[tuple[Rule, ...]] = (
-    (r"\.in_layers\.0\.", ".norm1."),
-    (r"\.in_layers\.2\.", ".conv1."),
-    (r"\.emb_layers\.1\.", ".time_emb_proj."),
-    (r"\.out_layers\.0\.", ".norm2."),
-    (r"\.out_layers\.3\.", ".conv2."),
-    (r"\.skip_connection\.", ".conv_shortcut."),
-)
-
-
-def ldm_unet(config: UNetConfig) -> KeyMap:
-    """The original checkpoint's U-Net, without its prefix: `input_blocks`, `middle_block`, `output_blocks`."""
-    blocks = ((f"^{re.escape(theirs)}", ours) for theirs, ours in _ldm_unet_blocks(config))
-    return KeyMap(rules=(*blocks, *_LDM_RESNET, *_TRANSFORMER))
-
-
-def _ldm_unet_blocks(config: UNetConfig) -> Iterator[Rule]:
-    yield from (("time_embed.0.", "time_embedding.linear_1."), ("time_embed.2.", "time_embedding.linear_2."))
-    yield from (("input_blocks.0.0.", "conv_in."), ("out.0.", "conv_norm_out."), ("out.2.", "conv_out."))
-    yield from (("middle_block.0.", "mid_block.resnets.0."), ("middle_block.2.", "mid_block.resnets.1."))
-    yield "middle_block.1.", "mid_block.attentions.0."
-    per_level = config.blocks_per_level + 1  # on the way down the last one is the downsampling, counted too
-    for level in range(len(config.channels)):
-        for i in range(config.blocks_per_level):
-            down = f"input_blocks.{1 + level * per_level + i}."
-            yield f"{down}0.", f"down_blocks.{level}.resnets.{i}."
-            yield f"{down}1.", f"down_blocks.{level}.attentions.{i}."
-        yield f"input_blocks.{(level + 1) * per_level}.0.op.", f"down_blocks.{level}.downsample.conv."
-    for level, attention in enumerate(reversed(config.attention)):
-        for i in range(per_level):
-            up = f"output_blocks.{level * per_level + i}."
-            yield f"{up}0.", f"up_blocks.{level}.resnets.{i}."
-            # The upsampling stands behind what else is in the last block of its level.
-            if attention:
-                yield f"{up}1.", f"up_blocks.{level}.attentions.{i}."
-            yield f"{up}{2 if attention else 1}.conv.", f"up_blocks.{level}.upsample.conv."
-
-
-def ldm_vae(config: VaeConfig) -> KeyMap:
-    """The original checkpoint's VAE, without its prefix."""
-    # Its decoder counts levels from the finest, we count from where the decoder starts.
-    last = len(config.channels) - 1
-    levels = [(rf"^decoder\.up\.{last - level}\.", f"decoder.levels.{level}.") for level in range(last + 1)]
-    attention = [
-        (rf"\.mid\.attn_1\.{theirs}\.", f".mid_block.attentions.0.{ours}.")
-        for theirs, ours in {
-            "norm": "group_norm",
-            "q": "attention.to_q",
-            "k": "attention.to_k",
-            "v": "attention.to_v",
-            "proj_out": "attention.to_out",
-        }.items()
-    ]
-    rules = (
-        *levels,
-        *attention,
-        (r"^encoder\.down\.", "encoder.levels."),
-        (r"(\.levels\.\d+)\.block\.", r"\1.resnets."),
-        (r"(\.levels\.\d+)\.(downsample|upsample)\.", r"\1.resample."),
-        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-        (r"\.nin_shortcut\.", ".conv_shortcut."),
-        (r"\.norm_out\.", ".conv_norm_out."),
-    )
-    return KeyMap(rules, squeezed=(r"\.attention\.to_(q|k|v|out)\.weight$",))
+def diffusers_name(component: str, ours: str) -> str:
+    """The name that the folder layout has for our parameter. Raises ValueError if it would not come back."""
+    theirs = ours
+    for pattern, replacement in _TO_DIFFUSERS[component]:
+        theirs = re.sub(pattern, replacement, theirs)
+    if DIFFUSERS[component].rename(theirs) != ours:
+        raise ValueError(f"{component} parameter {ours!r} would be written as {theirs!r}, and not be found again")
+    return theirs

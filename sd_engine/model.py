@@ -44,6 +44,11 @@ class Configs:
                 f"and give {latent}"
             )
 
+    @property
+    def inpainting(self) -> bool:
+        """Whether the U-Net also takes a mask and the latent of the masked picture."""
+        return self.unet.in_channels > self.vae.latent_channels
+
 
 SD1 = Configs()
 

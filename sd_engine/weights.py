@@ -1,35 +1,29 @@
-"""Weights: a diffusers folder, or an original single-file checkpoint, to a model that is ready to draw.
+"""Weights: a checkpoint in any of its layouts to a model that is ready to draw.
 
 Modules are built on `meta` (no memory, no initialization), files are mapped into memory, and the mapped tensors are
-assigned: so loading costs one read, and CPU processes that load the same file in its own dtype share its pages.
-Loading is strict: a key that is missing, unexpected or of another shape is an error that lists the keys.
+assigned, or converted one by one: so loading costs one read, needs no memory twice, and CPU processes that load the
+same file in its own dtype share its pages. Loading is strict: a key that is missing, unexpected or of another shape is
+an error that lists the keys, and so is a number that is not finite.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from sd_engine import keymaps
+from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint
 from sd_engine.clip import ClipTextEncoder
-from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
-from sd_engine.model import SD1, Configs, Model
+from sd_engine.filling import fill
+from sd_engine.model import Configs, Model
 from sd_engine.offload import Place, pin
-from sd_engine.schedules import NoiseSchedule
-from sd_engine.tensorfile import fill, listed, opened
+from sd_engine.prompts.embeddings import load_embeddings
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
-
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-_FILES = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-
-Config = TypeVar("Config")
 
 
 def load_model(
@@ -38,56 +32,58 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     *,
     tokenizer: Path | str | None = None,
-    configs: Configs = SD1,
+    configs: Configs | None = None,
     offload: str = "resident",
+    variant: str | None = None,
+    ema: bool = False,
+    vae: Path | str | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
+    embeddings: Path | str | None = None,
 ) -> Model:
-    """Load a diffusers folder, or a single-file `.safetensors` checkpoint with the original (LDM) names.
+    """Load a diffusers folder, a single file with the original (LDM) names, or a folder of bare component files.
 
-    A single file has no tokenizer and does not say what it is made of: `tokenizer` is a folder with `vocab.json` and
-    `merges.txt` (none given: `tokenizer/` beside the file), and `configs` describes the model. A folder has both.
+    tokenizer: a folder with `vocab.json` and `merges.txt`; none given: `tokenizer/` in the folder or beside the file.
+    configs: of what has no configurations; none given: SD 1.x or 2.x, inpainting or not, as the shapes tell.
+    variant: the files of a folder that have this word in their names ("fp16"). ema: the averaged U-Net of a single
+    file. vae: another VAE: a folder, a component file, or an original file, also a whole model's.
+    prediction: "epsilon", "v_prediction" or "sample"; none given: the folder's, or the rule of `families.py`.
+    zero_snr: whether the noise schedule ends in pure noise; none given: what the model says.
+    embeddings: a folder of textual inversion files; none given: `embeddings/` in the model's folder or beside it.
     Raises InvalidDevice for a device, dtype or mode of offload that does not exist or is not here, and WeightsError:
     what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
     """
-    path, place = Path(path), Place.pick(device, dtype, offload)
-    if path.is_dir():
-        return _load_folder(path, place)
-    if not path.exists():
-        raise WeightsError(f"there is no model at {path}; give a diffusers folder or a .safetensors checkpoint")
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path} is neither a folder nor a .safetensors file; convert the checkpoint to safetensors")
-    return _load_checkpoint(path, place, _tokenizer_folder(path, tokenizer), configs)
+    place = Place.pick(device, dtype, offload)
+    choice = Choice(variant, ema, None if vae is None else Path(vae), configs, prediction, zero_snr)
+    with opened_checkpoint(Path(path), choice) as checkpoint:
+        words = _embeddings(checkpoint, embeddings)
+        return filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words)
 
 
-def _load_folder(folder: Path, place: Place) -> Model:
-    _check_pipeline(folder)
-    configs = _read_configs(folder)
-    model = _empty_model(folder.name, folder / "tokenizer", configs, place)
-    for component, module in model.modules.items():
-        with opened(_weights_file(folder / component)) as file:
-            names = {key: key for key in file.keys}
-            fill(module, file, names, keymaps.DIFFUSERS[component], place.at_rest(component))
-    return _ready(model)
+def _embeddings(checkpoint: Checkpoint, given: Path | str | None) -> Mapping[str, Tensor]:
+    """Of the folder that was given, which must be there; else of the first that is there; else none."""
+    path = checkpoint.path
+    usual = (folder / "embeddings" for folder in (path, path.parent) if (folder / "embeddings").is_dir())
+    folder = next(usual, None) if given is None else Path(given)
+    return {} if folder is None else load_embeddings(folder, checkpoint.configs.text.width)
 
 
-def _load_checkpoint(path: Path, place: Place, tokenizer: Path, configs: Configs) -> Model:
-    model = _empty_model(path.stem, tokenizer, configs, place)
-    with opened(path) as file:
-        keys = [key for key in file.keys if not keymaps.is_ldm_leftover(key)]
-        strangers = [key for key in keys if not key.startswith(tuple(keymaps.LDM_PREFIXES.values()))]
-        if strangers:
-            raise WeightsError(
-                f"{path} is not an SD 1.x checkpoint with the original names: {listed('unexpected', strangers)}"
-            )
-        maps = keymaps.ldm(configs.unet, configs.vae)
-        for component, module in model.modules.items():
-            prefix = keymaps.LDM_PREFIXES[component]
-            names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-            fill(module, file, names, maps[component], place.at_rest(component))
-    return _ready(model)
+def filled_model(
+    checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddings: Mapping[str, Tensor] | None = None
+) -> Model:
+    """The model of an open checkpoint, ready to draw. Raises WeightsError for what does not fit."""
+    model = _empty_model(checkpoint, tokenizer, place, embeddings or {})
+    for part in checkpoint.parts:
+        fill(model.modules[part.component], part, *place.at_rest(part.component))
+    for module in model.modules.values():
+        module.eval().requires_grad_(False)
+    pin(model.modules, model.device, model.offload)
+    return model
 
 
-def _empty_model(name: str, tokenizer: Path, configs: Configs, place: Place) -> Model:
+def _empty_model(checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddings: Mapping[str, Tensor]) -> Model:
     """The model with its modules on `meta`."""
+    configs = checkpoint.configs
     words = Tokenizer.from_folder(tokenizer, max_tokens=configs.text.max_tokens)
     if words.vocab_size > configs.text.vocab_size:
         raise WeightsError(
@@ -96,76 +92,22 @@ def _empty_model(name: str, tokenizer: Path, configs: Configs, place: Place) -> 
         )
     with torch.device("meta"):
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
-    return Model(name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload)
+    return Model(
+        checkpoint.name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload,
+        embeddings,
+    )  # fmt: skip
 
 
-def _ready(model: Model) -> Model:
-    for module in model.modules.values():
-        module.eval().requires_grad_(False)
-    pin(model.modules, model.device, model.offload)
-    return model
-
-
-def _read_configs(folder: Path) -> Configs:
-    return Configs(
-        text=_read_config(folder / "text_encoder" / "config.json", ClipConfig.from_dict),
-        unet=_read_config(folder / "unet" / "config.json", UNetConfig.from_dict),
-        vae=_read_config(folder / "vae" / "config.json", VaeConfig.from_dict),
-        schedule=_read_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule.from_config),
-    )
-
-
-def _read_config(path: Path, parse: Callable[[Mapping[str, Any]], Config]) -> Config:
-    """Parse a JSON file of the folder; whatever is wrong with it, the error names the file."""
-    settings = _read_json(path)
-    try:
-        return parse(settings)
-    except KeyError as error:
-        raise WeightsError(f"{path} lacks the setting {error.args[0]!r}") from error
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing; a diffusers folder has one: copy it from the model's source") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{path} does not hold a JSON object; download it again")
-    return settings
-
-
-def _check_pipeline(folder: Path) -> None:
-    """`model_index.json` may be left out; if it is there, it must name a pipeline that this engine is."""
-    index = folder / "model_index.json"
-    if not index.exists():
-        return
-    pipeline = _read_json(index).get("_class_name", _PIPELINES[0])
-    if pipeline not in _PIPELINES:
-        raise WeightsError(f"{index}: {pipeline} is not supported (supported: {', '.join(_PIPELINES)})")
-
-
-def _weights_file(component: Path) -> Path:
-    """The component's safetensors file; its fp16 variant when that is the only one."""
-    stem = _FILES[component.name]
-    candidates = [component / f"{stem}.safetensors", component / f"{stem}.fp16.safetensors"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise WeightsError(
-        f"{component} has neither {candidates[0].name} nor {candidates[1].name}; "
-        "copy it from the model's source, or save the model as safetensors in one file"
-    )
-
-
-def _tokenizer_folder(checkpoint: Path, given: Path | str | None) -> Path:
-    folder = checkpoint.parent / "tokenizer" if given is None else Path(given)
-    if not folder.is_dir():
+def tokenizer_folder(checkpoint: Checkpoint, given: Path | str | None) -> Path:
+    """The folder of the tokenizer: what was given, or the checkpoint's own. Raises WeightsError if there is none."""
+    folder = checkpoint.tokenizer if given is None else Path(given)
+    if folder.is_dir():
+        return folder
+    if checkpoint.layout == "single file":
         raise WeightsError(
-            f"a single-file checkpoint has no tokenizer, and {folder} is not a folder; pass tokenizer=FOLDER with "
-            "vocab.json and merges.txt, or put them in tokenizer/ beside the file"
+            f"{checkpoint.path} is a single file, which has no tokenizer, and {folder} is not a folder; pass "
+            "tokenizer=FOLDER with vocab.json and merges.txt, or put them in tokenizer/ beside the file"
         )
-    return folder
+    raise WeightsError(
+        f"{checkpoint.path}: the tokenizer folder {folder} is not there; copy it from the model's source"
+    )

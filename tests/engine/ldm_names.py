@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 _UNET_FIXED = {
@@ -77,6 +78,50 @@ def text_name(key: str) -> str:
     return f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"
 
 
+_OPEN_CLIP_WIDTH = 1024  # of SD 2.x; SD 1.x has OpenAI's CLIP, 768 wide
+_OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+
+
+def open_clip(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformers text encoder under OpenCLIP's names: stacked projections, and a last layer that is not used."""
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in text.items():
+        name = key.removeprefix("text_model.")
+        for theirs, ours in _OPEN_CLIP.items():
+            name = name.replace(theirs, ours)
+        if ".q_proj." in key:
+            stack = [text[key.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            tensors[name] = torch.cat(stack)
+        elif not re.search(r"\.[kv]_proj\.", key) and "position_ids" not in key:
+            tensors[name] = tensor
+    last = max(int(name.split(".")[2]) for name in tensors if ".resblocks." in name)
+    unused = {
+        name.replace(f".{last}.", f".{last + 1}."): tensor for name, tensor in tensors.items() if f"s.{last}." in name
+    }
+    width = tensors["ln_final.weight"].shape[0]
+    projection = tensors["ln_final.weight"].new_zeros(width, width)
+    every = tensors | unused | {"text_projection": projection, "logit_scale": projection[0, 0]}
+    return {f"cond_stage_model.model.{name}": tensor for name, tensor in every.items()}
+
+
+def averages(tensors: Mapping[str, Tensor], factor: float = 0.5) -> dict[str, Tensor]:
+    """What LDM's training adds: the U-Net's averaged weights (here: scaled ones), their names without dots."""
+    unet = {key: tensor for key, tensor in tensors.items() if key.startswith("model.diffusion_model.")}
+    averaged = {"model_ema." + key.removeprefix("model.").replace(".", ""): t * factor for key, t in unet.items()}
+    return {**averaged, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+
+
 def checkpoint(
     text: Mapping[str, Tensor],
     unet: Mapping[str, Tensor],
@@ -86,8 +131,12 @@ def checkpoint(
     attention: tuple[bool, ...] = (True, True, True, False),
     levels: int = 4,
 ) -> dict[str, Tensor]:
-    """One original checkpoint of a diffusers model's state dictionaries; the defaults are SD 1.x's."""
-    tensors = {text_name(key): tensor for key, tensor in text.items()}
+    """One original checkpoint of a diffusers model's state dictionaries; the defaults are SD 1.x's and 2.x's.
+
+    A text encoder as wide as SD 2.x's gets OpenCLIP's names.
+    """
+    width = next(tensor.shape[1] for key, tensor in text.items() if key.endswith("token_embedding.weight"))
+    tensors = open_clip(text) if width >= _OPEN_CLIP_WIDTH else {text_name(key): each for key, each in text.items()}
     tensors |= {unet_name(key, blocks, attention): tensor for key, tensor in unet.items()}
     for key, tensor in vae.items():
         name = vae_name(key, levels)

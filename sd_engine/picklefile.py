@@ -1,0 +1,128 @@
+"""Pickled checkpoints (`.ckpt`, `.pt`, `.pth`, `.bin`), read without running any of what a pickle can run.
+
+Only torch's restricted unpickler reads them (`weights_only=True`): it knows tensors and plain containers, and refuses
+everything else before it is called. Files in torch's zip format are mapped into memory, tensors are read when they are
+asked for; those from before torch 1.6 are read as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from sd_engine.errors import WeightsError
+from sd_engine.tensorfile import TensorFile
+
+SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE_LIMIT: Final = 64 * 2**20  # the pickle alone, without its tensors; a real one has under a megabyte
+
+
+class Inert:
+    """Stands for what an original checkpoint names beside its tensors: keeps nothing, does nothing."""
+
+    def __init__(self, *ignored: object) -> None:
+        pass
+
+    def __setstate__(self, ignored: object) -> None:
+        pass
+
+
+# The original files of SD 1.x carry the state of their training's callbacks and a score, under these names.
+_INERT: Final = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+class PickleFile(TensorFile):
+    """The tensors of a pickled checkpoint; `hints` are the plain values beside them (a step counter)."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any], hints: Mapping[str, object], mapped: bool) -> None:
+        self.path = path
+        self.hints = hints
+        self._tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+        self._mapped = mapped
+        self.keys = tuple(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """As the pickle has it."""
+        return tuple(self._tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """As the pickle has it."""
+        return self._tensors[key].dtype
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor; mapped if the file is a zip."""
+        return self._tensors[key]
+
+    def forget(self, key: str, tensor: Tensor) -> None:
+        """Only what is mapped can be read again, and a view with gaps does not say where it ends."""
+        if self._mapped and tensor.is_contiguous():
+            super().forget(key, tensor)
+
+
+@contextmanager
+def opened_pickle(path: Path) -> Iterator[TensorFile]:
+    """Open a pickled checkpoint. Raises WeightsError for one with code in it, torn, or something else."""
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_zip(path)
+    content = _unpickled(path, mapped)
+    hints: dict[str, object] = {}
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        hints |= _plain(content)
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not tensors by name; it is no model")
+    yield PickleFile(path, {str(key): value for key, value in content.items()}, hints | _plain(content), mapped)
+
+
+def _plain(content: Mapping[Any, Any]) -> dict[str, object]:
+    return {str(key): value for key, value in content.items() if isinstance(value, str | int | float)}
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what would be unpacked rather than mapped: a few bytes could ask for any amount of memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a whole checkpoint ({error}); download it again") from error
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    large = [entry.filename for entry in entries if entry.filename.endswith(".pkl") and entry.file_size > PICKLE_LIMIT]
+    if packed or large:
+        what = f"compresses {packed[0]}" if packed else f"has {large[0]} of more than {PICKLE_LIMIT} bytes"
+        raise WeightsError(f"{path} {what}, as no checkpoint of torch does; take it from another source")
+
+
+def _unpickled(path: Path, mapped: bool) -> Any:
+    try:
+        with safe_globals([(Inert, name) for name in _INERT]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a torn or crafted pickle makes the unpickler stumble anywhere
+        raise WeightsError(_refusal(path, str(error))) from error
+
+
+def _refusal(path: Path, said: str) -> str:
+    asked = re.search(r"(?:Unsupported global: GLOBAL|Trying to load unsupported GLOBAL|callable:) ([\w.]+)", said)
+    if asked or "blocklisted" in said or "unsupported" in said.lower():
+        name = asked[1] if asked else "something"
+        return (
+            f"{path} is refused: beside tensors its pickle asks for {name}, and a pickle can run any program; "
+            "take the .safetensors file of this model instead"
+        )
+    return f"{path} is not a whole checkpoint (torch: {said.splitlines()[0][:200] if said else 'no reason'}); " + (
+        "download it again"
+    )
