@@ -46,9 +46,11 @@ class ResBlock(nn.Module):
         if self.time_emb_proj is not None:
             assert emb_BE is not None, "a block with a time embedding needs one"
             h_BCHW = h_BCHW + self.time_emb_proj(F.silu(emb_BE))[:, :, None, None]
-        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
-        skip_BCHW = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
-        return skip_BCHW + h_BCHW
+        return self.skip(x_BCHW) + self.conv2(F.silu(self.norm2(h_BCHW)))
+
+    def skip(self, x_BCHW: Tensor) -> Tensor:
+        """What goes around the convolutions, cell by cell: [B, channels_in, H, W] -> [B, channels_out, H, W]."""
+        return x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ names follow the diffusers layout but for the renames in `keymaps.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,13 @@ from sd_engine.layers import Attention, Downsample, ResBlock, Upsample
 
 _EPS = 1e-6  # every GroupNorm of the VAE; PyTorch's default 1e-5 would give other pictures
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+# Positions that attend together. Without a fused kernel all their scores are held at once: at 2048 x 2048 pixels the
+# whole matrix would be 17 GB in float32.
+_QUERIES = 16384
+
+
+# How the features of a picture become others: an encoder or decoder, or what does the same in tiles.
+Way = Callable[[Tensor], Tensor]
 
 
 class VaeAttention(nn.Module):
@@ -31,7 +39,8 @@ class VaeAttention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         h_BNC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
-        return x_BCHW + self.attention(h_BNC).transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
+        mixed_BNC = torch.cat([self.attention(part_BNC, h_BNC) for part_BNC in h_BNC.split(_QUERIES, dim=1)], dim=1)
+        return x_BCHW + mixed_BNC.transpose(1, 2).unflatten(2, x_BCHW.shape[-2:])
 
 
 class MidBlock(nn.Module):
@@ -83,6 +92,10 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(x_BCHW)
         for level in self.levels:
             h_BCHW = level(h_BCHW)
+        return self.head(h_BCHW)
+
+    def head(self, h_BCHW: Tensor) -> Tensor:
+        """What follows the levels, at latent resolution: [B, C, H, W] -> [B, 2 * latent channels, H, W]."""
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h_BCHW))))
 
 
@@ -104,14 +117,21 @@ class Decoder(nn.Module):
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """[B, latent channels, H / factor, W / factor] -> [B, 3, H, W]."""
-        h_BCHW = self.mid_block(self.conv_in(z_BCHW))
+        h_BCHW = self.neck(z_BCHW)
         for level in self.levels:
             h_BCHW = level(h_BCHW)
         return self.conv_out(F.silu(self.conv_norm_out(h_BCHW)))
 
+    def neck(self, z_BCHW: Tensor) -> Tensor:
+        """What comes before the levels, at latent resolution: [B, latent channels, H, W] -> [B, C, H, W]."""
+        return self.mid_block(self.conv_in(z_BCHW))
+
 
 class Vae(nn.Module):
-    """Encoder and decoder; latents leave and enter scaled, so that their deviation is about one."""
+    """Encoder and decoder; latents leave and enter scaled, so that their deviation is about one.
+
+    Where `through` is given, it stands for the encoder or decoder (in tiles: `vae_tiles`).
+    """
 
     def __init__(self, config: VaeConfig):
         super().__init__()
@@ -121,16 +141,16 @@ class Vae(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def moments(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x_BCHW: Tensor, through: Way | None = None) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the unscaled latents."""
-        mean, logvar = self.quant_conv(self.encoder(x_BCHW)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv((through or self.encoder)(x_BCHW)).chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX))
 
-    def encode(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def encode(self, x_BCHW: Tensor, noise_BCHW: Tensor, through: Way | None = None) -> Tensor:
         """Pictures in [-1, 1] -> one sample of their scaled latents; the randomness is the caller's."""
-        mean, deviation = self.moments(x_BCHW)
+        mean, deviation = self.moments(x_BCHW, through)
         return (mean + deviation * noise_BCHW) * self.config.scaling_factor
 
-    def decode(self, z_BCHW: Tensor) -> Tensor:
+    def decode(self, z_BCHW: Tensor, through: Way | None = None) -> Tensor:
         """Scaled latents -> pictures, about [-1, 1] (not clamped)."""
-        return self.decoder(self.post_quant_conv(z_BCHW / self.config.scaling_factor))
+        return (through or self.decoder)(self.post_quant_conv(z_BCHW / self.config.scaling_factor))
