@@ -26,7 +26,7 @@ from tests.tiny_model import MAX_TOKENS, SPECIALS, make_tiny_model, vocabulary, 
 TOLERANCE = 1e-5
 START, END = (vocabulary()[token] for token in SPECIALS)
 RED, CAT = vocabulary()["red</w>"], vocabulary()["cat</w>"]
-SIZE = {"width": 64, "height": 64}
+SIZE: dict[str, Any] = {"width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
