@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 import numpy as np
 
@@ -23,9 +23,12 @@ from sd_engine.samplers.unipc import unipc
 from sd_engine.samplers.whole import ddim, ddpm, lcm
 from sd_engine.schedules import NoiseSchedule
 
-# (schedule, steps, first step) -> lines
-_OnTimesteps = Callable[[NoiseSchedule, int, int], Way]
-_OnSigmas = Callable[[NoiseSchedule, int, int, Spread], Way]
+_OnTimesteps = Callable[[NoiseSchedule, int, int], Way]  # (schedule, steps, first step)
+
+
+class _OnSigmas(Protocol):
+    def __call__(self, schedule: NoiseSchedule, steps: int, start: int, spread: Spread) -> Way: ...
+
 
 _ON_TIMESTEPS: Final[Mapping[str, _OnTimesteps]] = {"ddpm": ddpm, "ddim": ddim, "pndm": pndm, "lcm": lcm}
 

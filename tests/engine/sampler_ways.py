@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from math import sqrt
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
 
@@ -32,7 +33,7 @@ from diffusers.schedulers.scheduling_dpmsolver_sde import DPMSolverSDEScheduler
 from sd_engine.samplers import SLOTS, Col, StepTable, step_table
 from sd_engine.schedules import LEAST_ALPHA, NoiseSchedule
 
-Config = Mapping[str, Any]
+Config = dict[str, Any]
 
 # What the file of a Stable Diffusion 1.5 folder says: no spacing, so each reference class takes its own default.
 SD15_FILE: Final[Config] = {
@@ -76,16 +77,17 @@ FRACTIONS: Final = 1e-3
 RELATIVE: Final = 1e-5
 
 
-class ExactLms(LMSDiscreteScheduler):  # type: ignore[misc]
+class ExactLms(LMSDiscreteScheduler):
     """The reference, whose weights are integrals of products of float32 tensors: the same of Python's numbers.
 
     They are a hundred times faster so, and do not lose three digits in the differences.
     """
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
-        tensors, self.sigmas = self.sigmas, self.sigmas.tolist()
+        tensors: torch.Tensor = self.sigmas
+        self.sigmas: Any = tensors.tolist()
         try:
-            return float(super().get_lms_coefficient(order, t, current_order))
+            return float(super().get_lms_coefficient(order, t, current_order))  # type: ignore[misc]
         finally:
             self.sigmas = tensors
 
@@ -100,15 +102,15 @@ class Unhurried:
             self.sigmas = torch.zeros(1)
 
 
-class Heun(Unhurried, HeunDiscreteScheduler):  # type: ignore[misc]
+class Heun(Unhurried, HeunDiscreteScheduler):
     pass
 
 
-class Dpm2(Unhurried, KDPM2DiscreteScheduler):  # type: ignore[misc]
+class Dpm2(Unhurried, KDPM2DiscreteScheduler):
     pass
 
 
-class Dpm2Ancestral(Unhurried, KDPM2AncestralDiscreteScheduler):  # type: ignore[misc]
+class Dpm2Ancestral(Unhurried, KDPM2AncestralDiscreteScheduler):
     pass
 
 
@@ -222,8 +224,9 @@ def reference_way(
 def sliced(scheduler: Any, steps: int, strength: float) -> torch.Tensor:
     """The timesteps of an img2img, as the reference's pipeline slices them."""
     stage = SimpleNamespace(scheduler=scheduler)
+    timesteps: torch.Tensor
     timesteps, count = StableDiffusionImg2ImgPipeline.get_timesteps(stage, steps, strength, "cpu")
-    if isinstance(scheduler, LMSDiscreteScheduler):
+    if type(scheduler).__name__ == "ExactLms":
         # In the middle of its list the class takes weights for derivatives that it does not have. On the sliced list
         # it does what k-diffusion does on one.
         scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[steps - count :], scheduler.sigmas[steps - count :]
@@ -241,8 +244,8 @@ def brownian_path(generator: torch.Generator, shape: torch.Size) -> Any:
             held.append((float(after), new))
             return new
         between, first = held.pop()
-        walked = first * (float(now) - between) ** 0.5 + new * (between - float(after)) ** 0.5
-        return walked / (float(now) - float(after)) ** 0.5
+        walked = first * sqrt(float(now) - between) + new * sqrt(between - float(after))
+        return walked / sqrt(float(now) - float(after))
 
     return noise
 

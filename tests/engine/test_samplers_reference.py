@@ -98,7 +98,7 @@ def test_dpmpp_sde_is_the_references_on_its_own_brownian_tree(sampler: str) -> N
     """The tree's increments over the two parts of each step are independent; ours are drawn so."""
     steps = 12
     scheduler = reference(sampler, CONFIGS["sd15 leading"], steps)
-    tree = BrownianTreeNoiseSampler(latent_of_a_picture(), 0.02, 20.0, seed=5)
+    tree: Any = BrownianTreeNoiseSampler(latent_of_a_picture(), 0.02, 20.0, seed=5)
     parts: list[tuple[float, torch.Tensor]] = []
     draws: list[torch.Tensor] = []
 

@@ -103,7 +103,8 @@ def test_exponential_timesteps_of_every_count_truncate_to_the_references(betas: 
 def test_given_betas_are_taken_as_they_are() -> None:
     betas = np.geomspace(1e-4, 0.2, 100)
     schedule = NoiseSchedule.from_config({"trained_betas": betas.tolist(), "num_train_timesteps": 100})
-    wanted = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=100).alphas_cumprod.numpy()
+    made: Any = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=100)
+    wanted = made.alphas_cumprod.numpy()
     assert np.array_equal(schedule.alphas_cumprod, wanted)
 
 
