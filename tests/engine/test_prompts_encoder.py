@@ -154,6 +154,15 @@ def test_layers_that_the_text_encoder_does_not_have_are_refused(model: Model) ->
         PromptEncoder(model).contexts(Request("red", negative_prompt="red " * 1201))
 
 
+def test_a_prompt_that_cannot_be_encoded_fails_alone(model: Model) -> None:
+    engine = Engine(model)
+    ids = [engine.add(request) for request in (POOL[0], Request("BREAK " * 16 + "red", **SIZE), POOL[3])]
+    endings: dict[int, Exception | None] = {}
+    while not engine.idle:
+        endings |= {finished.id: finished.error for finished in engine.step()}
+    assert [type(endings[id]) for id in ids] == [type(None), InvalidRequest, type(None)]
+
+
 def same(a: tuple[Context, ...], b: tuple[Context, ...]) -> bool:
     """Whether they are the same values, not only equal ones."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
