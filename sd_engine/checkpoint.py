@@ -169,7 +169,8 @@ def _check_whole(file: TensorFile, namings: Mapping[Component, Naming], choice: 
     if lacking and len(alone) == 1:
         raise WeightsError(f"{file.path} is a {alone[0]} alone, not a whole model; {_ALONE[alone[0]]}")
     if lacking and not namings:
-        raise WeightsError(f"{file.path} is no Stable Diffusion checkpoint: {listed('unexpected', file.keys)}")
+        found = listed("unexpected", file.keys) or "it holds no tensors"
+        raise WeightsError(f"{file.path} is no Stable Diffusion checkpoint: {found}; take another file")
     if lacking:
         remedy = "give one as vae=" if lacking == ["VAE"] else "take the whole checkpoint from its source"
         raise WeightsError(f"{file.path} has no {' and no '.join(lacking)}; {remedy}")

@@ -98,6 +98,8 @@ def _schedule_config(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 _MODEL_INDEX: Mapping[str, Any] = {
+    # Of the form, not of a library that wrote it: without one the reference does not open a pipeline for inpainting.
+    "_diffusers_version": "0.30.0",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,

@@ -46,7 +46,7 @@ _INERT: Final = (
 
 
 class PickleFile(TensorFile):
-    """The tensors of a pickled checkpoint; `hints` are the plain values beside them (a step counter)."""
+    """The tensors of a pickled checkpoint; `hints` is what is beside them (a step counter)."""
 
     def __init__(self, path: Path, content: Mapping[str, Any], hints: Mapping[str, object], mapped: bool) -> None:
         self.path = path
@@ -82,15 +82,17 @@ def opened_pickle(path: Path) -> Iterator[TensorFile]:
     content = _unpickled(path, mapped)
     hints: dict[str, object] = {}
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        hints |= _plain(content)
+        hints |= _beside(content)
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not tensors by name; it is no model")
-    yield PickleFile(path, {str(key): value for key, value in content.items()}, hints | _plain(content), mapped)
+    yield PickleFile(path, {str(key): value for key, value in content.items()}, hints | _beside(content), mapped)
 
 
-def _plain(content: Mapping[Any, Any]) -> dict[str, object]:
-    return {str(key): value for key, value in content.items() if isinstance(value, str | int | float)}
+def _beside(content: Mapping[Any, Any]) -> dict[str, object]:
+    """What there is beside tensors: plain values, and of others their names alone."""
+    others = {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}
+    return {key: value if isinstance(value, str | int | float) else None for key, value in others.items()}
 
 
 def _check_zip(path: Path) -> None:
@@ -117,12 +119,13 @@ def _unpickled(path: Path, mapped: bool) -> Any:
 
 def _refusal(path: Path, said: str) -> str:
     asked = re.search(r"(?:Unsupported global: GLOBAL|Trying to load unsupported GLOBAL|callable:) ([\w.]+)", said)
-    if asked or "blocklisted" in said or "unsupported" in said.lower():
-        name = asked[1] if asked else "something"
+    if asked:
         return (
-            f"{path} is refused: beside tensors its pickle asks for {name}, and a pickle can run any program; "
+            f"{path} is refused: beside tensors its pickle asks for {asked[1]}, and a pickle can run any program; "
             "take the .safetensors file of this model instead"
         )
-    return f"{path} is not a whole checkpoint (torch: {said.splitlines()[0][:200] if said else 'no reason'}); " + (
-        "download it again"
+    reason = said.splitlines()[0][:160] if said else "it ends early"
+    return (
+        f"{path} is not a whole checkpoint, or holds more than tensors (torch: {reason}); download it again, or take "
+        "the .safetensors file of this model"
     )

@@ -53,17 +53,22 @@ def make_tiny_model(
     sample_size: int = 8,
     linear_projection: bool = False,
     in_channels: int = 4,
+    sd2: bool = False,
+    zero_snr: bool = False,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    **saved: Any,
 ) -> Path:
     """Write a diffusers folder with random weights: pictures of 8 x `sample_size` pixels, factor 8. Returns it.
 
-    in_channels: 9 makes an inpainting U-Net.
+    in_channels: 9 makes an inpainting U-Net. sd2: what SD 2.x has otherwise: linear projections, more heads where it is
+    wider, a text encoder with the exact GELU. saved: how the reference saves it (`max_shard_size`).
     """
     write_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder, unet, vae = _text_encoder(), _unet(sample_size, linear_projection, in_channels), _vae()
+        text_encoder, vae = _text_encoder("gelu" if sd2 else "quick_gelu"), _vae()
+        unet = _unet(sample_size, linear_projection or sd2, in_channels, (2, 4) if sd2 else 2)
     modules: tuple[nn.Module, ...] = (text_encoder, unet, vae)
     for i, module in enumerate(modules):
         randomize(module, seed + i)
@@ -73,20 +78,21 @@ def make_tiny_model(
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
-        scheduler=_noise(prediction),
+        scheduler=_noise(prediction, zero_snr),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder, variant=variant)
+    pipeline.save_pretrained(folder, variant=variant, **saved)
     return folder
 
 
-def _text_encoder() -> Any:
+def _text_encoder(activation: str) -> Any:
     ids = vocabulary()
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(ids),
+            hidden_act=activation,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -99,7 +105,7 @@ def _text_encoder() -> Any:
     )
 
 
-def _unet(sample_size: int, linear_projection: bool, in_channels: int) -> Any:
+def _unet(sample_size: int, linear_projection: bool, in_channels: int, heads: int | tuple[int, int]) -> Any:
     return UNet2DConditionModel(
         in_channels=in_channels,
         sample_size=sample_size,
@@ -108,7 +114,7 @@ def _unet(sample_size: int, linear_projection: bool, in_channels: int) -> Any:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=32,
-        attention_head_dim=2,
+        attention_head_dim=heads,
         norm_num_groups=8,
         use_linear_projection=linear_projection,
     )
@@ -126,7 +132,7 @@ def _vae() -> Any:
     )
 
 
-def _noise(prediction: str) -> DDIMScheduler:
+def _noise(prediction: str, zero_snr: bool) -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -135,4 +141,5 @@ def _noise(prediction: str) -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type=prediction,
+        rescale_betas_zero_snr=zero_snr,
     )

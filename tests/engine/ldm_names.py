@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from sd_engine.tensorfile import TensorFile
 
 _UNET_FIXED = {
     "time_embedding.linear_1": "time_embed.0",
@@ -130,16 +133,35 @@ def checkpoint(
     blocks: int = 2,
     attention: tuple[bool, ...] = (True, True, True, False),
     levels: int = 4,
+    openclip: bool | None = None,
 ) -> dict[str, Tensor]:
     """One original checkpoint of a diffusers model's state dictionaries; the defaults are SD 1.x's and 2.x's.
 
-    A text encoder as wide as SD 2.x's gets OpenCLIP's names.
+    openclip None: a text encoder as wide as SD 2.x's gets OpenCLIP's names.
     """
-    width = next(tensor.shape[1] for key, tensor in text.items() if key.endswith("token_embedding.weight"))
-    tensors = open_clip(text) if width >= _OPEN_CLIP_WIDTH else {text_name(key): each for key, each in text.items()}
+    if openclip is None:
+        widths = (tensor.shape[1] for key, tensor in text.items() if key.endswith("token_embedding.weight"))
+        openclip = next(widths) == _OPEN_CLIP_WIDTH
+    tensors = open_clip(text) if openclip else {text_name(key): each for key, each in text.items()}
     tensors |= {unet_name(key, blocks, attention): tensor for key, tensor in unet.items()}
     for key, tensor in vae.items():
         name = vae_name(key, levels)
         convolution = ".attn_1." in name and tensor.ndim == 2
         tensors[name] = tensor[:, :, None, None] if convolution else tensor
     return tensors
+
+
+class MetaFile(TensorFile):
+    """A file of tensors that has only shapes."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], **hints: object) -> None:
+        self.path, self.keys, self.hints, self.tensors = Path("meta"), tuple(tensors), hints, tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].dtype
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,10 +25,10 @@ from sd_engine.keymaps import KeyMap, Place
 from sd_engine.model import SD1, Configs
 from sd_engine.namings import SINGLE_FILE, recognised
 from sd_engine.offload import Component
-from sd_engine.tensorfile import TensorFile
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
 from tests.engine import ldm_names
+from tests.engine.ldm_names import MetaFile
 
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "unet", "vae")
 FAMILIES: dict[str, Configs] = {
@@ -42,22 +40,6 @@ FAMILIES: dict[str, Configs] = {
 # 4 tensors around the layers of the text encoder, 16 in each: 12 layers, or 23.
 COUNTS = {"unet": 686, "vae": 248}
 TEXT_COUNTS = {768: 196, 1024: 372}
-
-
-class MetaFile(TensorFile):
-    """A file of tensors that has only shapes."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], **hints: object) -> None:
-        self.path, self.keys, self.hints, self.tensors = Path("meta"), tuple(tensors), hints, tensors
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.tensors[key].shape)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.tensors[key].dtype
-
-    def tensor(self, key: str) -> Tensor:
-        return self.tensors[key]
 
 
 def reference(configs: Configs) -> dict[str, Any]:

@@ -20,10 +20,8 @@ from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
 from sd_engine.model import Configs, Model, shipped_model
 from sd_engine.weights import load_model
-from tests.engine import ldm_names
+from tests.engine.models import TEXT, UNET, VAE, configs_of, differing, original_tensors
 from tests.tiny_model import make_tiny_model
-
-UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
 
 
 @pytest.fixture
@@ -37,23 +35,8 @@ def model(tiny_folder: Path) -> Model:
     return load_model(tiny_folder)
 
 
-def configs_of(model: Model) -> Configs:
-    return Configs(model.text_encoder.config, model.unet.config, model.vae.config, model.schedule)
-
-
-@torch.no_grad()
-def outputs(model: Model) -> list[Tensor]:
-    """What each part makes of the same inputs."""
-    generator = torch.Generator().manual_seed(0)
-    context = model.text_encoder(model.tokenizer.encode(["a red cat", ""]))
-    latents = torch.randn((2, 4, 8, 8), generator=generator).to(model.dtype)
-    noise = model.unet(latents, torch.tensor([10.0, 900.0]), context)
-    return [context, noise, model.vae.decode(latents), *model.vae.moments(model.vae.decode(latents))]
-
-
 def assert_equal(a: Model, b: Model) -> None:
-    # The same kernels on the same weights: not a bit differs.
-    assert all(torch.equal(x, y) for x, y in zip(outputs(a), outputs(b), strict=True))
+    assert differing(a, b) == []
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -84,9 +67,10 @@ def test_a_loaded_model_is_whole_frozen_and_in_evaluation_mode(model: Model, tin
 @torch.no_grad()
 def test_the_reference_reads_the_very_same_folder_alike(model: Model, tiny_folder: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
-    context, noise, *_ = outputs(model)
+    context = model.text_encoder(model.tokenizer.encode(["a red cat", ""]))
     theirs = pipeline.text_encoder(model.tokenizer.encode(["a red cat", ""])).last_hidden_state
     latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    noise = model.unet(latents, torch.tensor([10.0, 900.0]), theirs)
     # The tolerances, and their reasons, of test_clip.py and test_unet.py; the outputs are about one.
     assert float((context - theirs).abs().max()) < 1e-5
     assert float((noise - pipeline.unet(latents, torch.tensor([10.0, 900.0]), theirs).sample).abs().max()) < 2e-5
@@ -134,11 +118,7 @@ def test_files_of_old_libraries_load_alike(folder: Path, model: Model) -> None:
 
 @pytest.fixture(scope="module")
 def original(tiny_folder: Path) -> dict[str, Tensor]:
-    """The tiny model as an original checkpoint, with what training leaves in one."""
-    parts = [load_file(tiny_folder / f"{part}.safetensors") for part in (TEXT, UNET, VAE)]
-    tensors = ldm_names.checkpoint(*parts, blocks=1, attention=(True, False), levels=4)
-    rubbish = {"betas": torch.zeros(1000), "model_ema.decay": torch.zeros(()), "alphas_cumprod": torch.zeros(1000)}
-    return {key: tensor.clone().contiguous() for key, tensor in (tensors | rubbish).items()}
+    return original_tensors(tiny_folder)
 
 
 def test_an_original_checkpoint_draws_what_the_folder_draws(
