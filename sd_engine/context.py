@@ -54,8 +54,14 @@ class PackContext:
         return [(each[:, 0], each[:, 1]) for each in stacked]
 
 
-def join(contexts: Sequence[Context]) -> PackContext:
-    """The contexts of a pack's U-Net rows, as the U-Net takes them."""
+def join(contexts: Sequence[Context], *, apart: bool = False) -> PackContext:
+    """The contexts of a pack's U-Net rows, as the U-Net takes them.
+
+    apart: each row is a run. On CPUs the attention of few positions rounds by the number of rows of its call, which
+    would let the neighbours' prompts choose a row's bits.
+    """
+    if apart:
+        return PackContext(tuple((context,) for context in contexts))
     runs = groupby(contexts, key=lambda context: context.tokens)
     return PackContext(tuple(tuple(run) for _, run in runs))
 

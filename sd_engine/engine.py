@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sd_engine.errors import InvalidRequest
+from sd_engine.latents import DECODE_BATCH
 from sd_engine.model import Model
 from sd_engine.packer import Packer
 from sd_engine.passes import first_row, second_row
@@ -50,7 +51,8 @@ class Engine:
             DEFAULT_MAX_UNITS if max_units is None else max_units,
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
-        self.runner = Runner(named, self.packer.bucket, cache_bytes)
+        decode_limit = 1 if deterministic else DECODE_BATCH
+        self.runner = Runner(named, self.packer.bucket, cache_bytes, decode_limit)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
 

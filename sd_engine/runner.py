@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
-from sd_engine.latents import decode_batches, decode_latents, rounded
+from sd_engine.latents import DECODE_BATCH, decode_batches, decode_latents, rounded
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
 from sd_engine.prompts import DEFAULT_CACHE_BYTES, PromptEncoder, join, tokens
@@ -35,6 +35,7 @@ class Runner:
 
     A row that cannot be prepared, stepped or decoded gets its `error` and leaves; its neighbours go on.
     bucket: the U-Net rows that a lane's packs are padded to, 0 for none. cache_bytes: of each model's prompts kept.
+    decode_limit: the most pictures that are decoded by one call.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Runner:
         models: Mapping[str, Model],
         bucket: Callable[[Lane], int],
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        decode_limit: int = DECODE_BATCH,
     ) -> None:
         self.models = models
+        self.decode_limit = decode_limit
         self.bucket = bucket
         self.prompts = {name: PromptEncoder(model, cache_bytes) for name, model in models.items()}
 
@@ -68,7 +71,8 @@ class Runner:
     def decode(self, rows: Sequence[Row]) -> list[Finished]:
         """Turn retired rows into what they ended with: a picture, or the reason why there is none."""
         pictures: dict[int, npt.NDArray[np.uint8]] = {}
-        for batch in decode_batches(row for row in rows if row.done and not row.cancelled and row.error is None):
+        complete = (row for row in rows if row.done and not row.cancelled and row.error is None)
+        for batch in decode_batches(complete, self.decode_limit):
             halving(lambda part: pictures.update(self._decode(part)), batch)
         return [_finished(row, pictures.get(row.id)) for row in rows]
 
@@ -105,7 +109,8 @@ class Runner:
             condition_BCHW = torch.stack([_there(row.condition) for row in rows])
             x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
         contexts = [context for row in rows for context in row.contexts]
-        context = join(contexts + contexts[-1:] * (len(spread.source_U) - len(contexts)))
+        contexts += contexts[-1:] * (len(spread.source_U) - len(contexts))
+        context = join(contexts, apart=self.bucket(rows[0].lane) > 0)
         with model.at_work("unet"):
             x_UCHW = x_BCHW[spread.source_U].to(model.dtype)
             return model.unet(x_UCHW, t_B[spread.source_U], context).float()

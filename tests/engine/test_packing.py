@@ -22,6 +22,7 @@ Pixels = npt.NDArray[np.uint8]
 ONE_LEVEL = 1
 
 INIT = np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+MASK = np.where(np.arange(96) < 40, 255, 0).astype(np.uint8) * np.ones((64, 1), np.uint8)
 
 # Different in everything that a pack may mix; three lanes (sizes).
 POOL = (
@@ -47,6 +48,16 @@ POOL = (
     Request("cat", seed=19, steps=3, guidance=None, sampler="dpmpp_2s_a_karras", width=64, height=64),
     Request("red red", seed=20, steps=5, guidance=3.5, sampler="dpmpp_3m_sde", width=64, height=64, noise="cuda"),
     Request("at", seed=21, steps=5, guidance=5.0, sampler="unipc_karras", init_image=INIT, strength=0.7),
+    # Every other feature of a request: masks, second passes, long and weighted prompts, layers and deviations.
+    Request("red", seed=22, steps=4, guidance=4.0, sampler="ddim", init_image=INIT, mask=MASK, strength=0.9),
+    Request("cat", seed=23, steps=3, guidance=None, sampler="euler", init_image=INIT, mask=MASK, mask_blur=4.0),
+    Request("red", seed=24, steps=3, guidance=3.0, sampler="euler_a", width=64, height=64, upscale=1.5),
+    Request(
+        "cat", seed=25, steps=2, guidance=None, sampler="heun", width=64, height=64, upscale=1.5, upscale_by="pixel"
+    ),
+    Request("a red cat at " * 30, seed=26, steps=3, guidance=5.0, sampler="ddpm", width=64, height=64),
+    Request("(red:1.4) BREAK [cat]", seed=27, steps=3, guidance=5.0, sampler="ddim", width=64, height=64, clip_skip=2),
+    Request("cat", seed=28, steps=3, guidance=9.0, guidance_rescale=0.7, sampler="euler", width=64, height=64),
 )
 
 
