@@ -94,7 +94,7 @@ def test_a_smaller_limit_is_a_smaller_bucket_of_the_same_promise(model: Model) -
 
 @torch.inference_mode()
 def test_apart_a_rows_bits_do_not_depend_on_the_length_of_the_neighbours_prompts() -> None:
-    """Four levels at 64 x 64 pixels: the coarsest has one position, where attention may round by the rows of its call."""
+    """Four levels at 64 x 64 pixels: its one position at the coarsest may round by the rows of its call."""
     torch.manual_seed(0)
     config = UNetConfig(
         channels=(16, 32, 32, 32), attention=(True,) * 4, heads=(2,) * 4, context_width=24, norm_groups=8
