@@ -30,7 +30,7 @@ FORBIDDEN: Mapping[str, set[str]] = {
 
 # The only places where a function may import something, each with its reason.
 # A command line loads its heavy half when the command runs, so that `nightshift --help` answers at once.
-COMMAND_MODULES = {"jobs/commands.py", "worker/cli.py", "sd_engine/training/cli.py"}
+COMMAND_MODULES = {"jobs/commands.py", "worker/cli.py", "worker/models_cli.py", "sd_engine/training/cli.py"}
 LAZY_ANYWHERE = {"torch"}  # deliberate: the torch-free modules of the engine stay importable without it
 LAZY_HERE = {
     ("jobs/storage.py", "jobs.storage_s3"),  # boto3 is an extra that a directory as storage does not need

@@ -172,7 +172,7 @@ def test_a_producer_upgrades_a_database_from_the_wheels_own_migrations(producer:
     assert (producer.home / "nightshift.db").is_file()
 
 
-@pytest.mark.parametrize("command", ["worker", "demo", "train-mini"])
+@pytest.mark.parametrize("command", ["worker", "demo", "models", "train-mini"])
 def test_a_command_of_the_workers_half_names_the_extra_to_install(producer: Producer, command: str) -> None:
     result = producer.run("nightshift", command)
     assert result.returncode != 0

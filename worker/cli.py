@@ -7,26 +7,21 @@ needs it, so that help and usage errors answer at once and without the extra.
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
 from worker import THIS_WORKER
-from worker.reasons import BrokerUnavailable
+from worker.told import told_in_a_sentence
 
 MAX_SECONDS = 86400.0  # beyond a day it is a slip, and somewhere more than a clock can count
 USABLE_DEVICES = "auto, cpu, mps, cuda, cuda:N or all"
 #: As the engine has them; named here again, because help must not wait for torch.
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 OFFLOADS = ("resident", "idle", "sequential")
-#: Exit codes: 2 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
-#: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
-WRONG_SETTINGS, UNAVAILABLE, BROKEN = 2, 69, 70
 
 
 def _device(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -99,7 +94,7 @@ def worker(context: click.Context, /, device: str, as_json: bool, verbose: bool,
             f"allowed: at most half of it, {lease_s / 2:g}",
             param_hint="'--heartbeat-seconds'",
         )
-    with _told_in_a_sentence():
+    with told_in_a_sentence():
         from worker import logs
 
         logs.set_up(as_json=as_json, level=logging.DEBUG if verbose else logging.INFO)
@@ -124,6 +119,7 @@ def _work(
     settings = Settings()
     services = open_services(settings)  # before torch is imported: a missing service is told in a moment
 
+    from worker.model_shelf import served
     from worker.process import Options, run
     from worker.workshop import TorchOptions, open_workshop
 
@@ -137,7 +133,7 @@ def _work(
         until_empty=until_empty,
     )
     return run(
-        services, settings, options, lambda: open_workshop(settings.models, TorchOptions(device, **torch_options))
+        services, settings, options, lambda: open_workshop(served(settings), TorchOptions(device, **torch_options))
     )
 
 
@@ -172,7 +168,7 @@ def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
 @click.pass_context
 def demo(context: click.Context, /, home: Path | None, as_json: bool) -> None:
     """The main job in a minute: submit different jobs, render them together, store them, show them on one sheet."""
-    with _told_in_a_sentence():
+    with told_in_a_sentence():
         # The worker that needs torch is another process: its log would tell what is missing, one file away.
         if find_spec("torch") is None:
             raise ModuleNotFoundError("torch is not installed", name="torch")
@@ -183,24 +179,3 @@ def demo(context: click.Context, /, home: Path | None, as_json: bool) -> None:
         summary = run_demo(home or new_home(Path("demo-output")), show=None if as_json else click.echo)
         click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
         context.exit(0 if summary.ok else 1)
-
-
-@contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
-    """Expected trouble becomes one sentence and an exit code; a traceback would hide the remedy."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "numpy", "safetensors", "transformers"):
-            raise
-        click.echo(f"This command needs {error.name}: pip install 'nightshift[worker]'", err=True)
-        raise SystemExit(WRONG_SETTINGS) from None
-    except NightshiftError as error:
-        click.echo(f"Error: {error}", err=True)
-        away = isinstance(error, DatabaseUnavailable | StorageError | BrokerUnavailable)
-        raise SystemExit(UNAVAILABLE if away else WRONG_SETTINGS) from None
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
-        raise
-    except Exception:
-        logging.getLogger(__name__).critical("unexpected", exc_info=True)
-        raise SystemExit(BROKEN) from None

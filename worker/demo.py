@@ -19,6 +19,7 @@ from jobs.errors import NightshiftError
 from jobs.settings import database_in, storage_in
 from jobs.views import JobView
 from worker import THIS_WORKER
+from worker.model_shelf import served
 from worker.sheet import Print, contact_sheet
 
 #: Seconds. Far above what two slow cores need; a demo that hangs helps nobody.
@@ -88,12 +89,10 @@ def new_home(parent: Path) -> Path:
 def embedded(home: Path) -> Settings:
     """The embedded default in ``home``, whatever services the environment names; only the models are taken from it."""
     home = home.absolute()
-    return Settings(
-        home=home,
-        database_url=database_in(home),
-        broker_url="memory://",
-        storage_url=storage_in(home),
-    )
+    places = {"database_url": database_in(home), "broker_url": "memory://", "storage_url": storage_in(home)}
+    usual = Settings(**places)  # its home has the shelf
+    models = {"models": served(usual)} if not usual.serves_whole_shelf else {}
+    return Settings(home=home, **places, **models)
 
 
 def run_demo(
@@ -181,6 +180,7 @@ def running_worker(settings: Settings, command: Sequence[str]) -> Iterator[subpr
         "NIGHTSHIFT_DATABASE_URL": settings.database_url,
         "NIGHTSHIFT_BROKER_URL": settings.broker_url,
         "NIGHTSHIFT_STORAGE_URL": settings.storage_url,
+        "NIGHTSHIFT_MODELS": ",".join(f"{name}={path}" for name, path in settings.models.items()),
     }
     with log_path(settings).open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -30,3 +30,7 @@ class OutcomeUnknown(Exception):
 
 class BrokerUnavailable(NightshiftError):
     """The broker does not answer."""
+
+
+class HubUnavailable(NightshiftError):
+    """The model hub does not answer, or stopped answering."""

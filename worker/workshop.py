@@ -13,6 +13,7 @@ from sd_engine.devices import devices_here
 from sd_engine.errors import InvalidDevice
 from sd_engine.offload import Place
 from worker.engine_thread import Workshop
+from worker.model_entry import ShelfError, Source, source_at
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def open_workshop(models: Mapping[str, Path | str], options: TorchOptions) -> Wo
     broken: dict[str, str] = {}
     for name, path in models.items():
         try:
-            loaded[name] = load_model(_folder(path), place.device, place.dtype, offload=place.offload)
-        except (WeightsError, OSError) as error:
+            source = _source(path)
+            loaded[name] = load_model(source.path, place.device, place.dtype, offload=place.offload, **source.options())
+        except (WeightsError, ShelfError, OSError) as error:
             broken[name] = " ".join(str(error).split())
             log.error("model %s cannot be loaded: %s", name, broken[name])
     if not loaded:
@@ -59,8 +61,8 @@ def open_workshop(models: Mapping[str, Path | str], options: TorchOptions) -> Wo
     )
 
 
-def _folder(path: Path | str) -> Path:
-    return shipped_model() if path == "shipped" else Path(path)
+def _source(path: Path | str) -> Source:
+    return Source(shipped_model()) if path == "shipped" else source_at(Path(path))
 
 
 def _place(options: TorchOptions) -> Place:

@@ -1,0 +1,101 @@
+"""The torch half of the models command: what the engine says of a model. Its refusals become BadModel."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sd_engine import WeightsError, load_model
+from sd_engine.checkpoint import Choice
+from sd_engine.convert import convert
+from sd_engine.errors import InvalidArgument
+from sd_engine.inspection import Inspection, inspect, verify
+from worker.model_entry import Progress, ShelfError, Source
+from worker.model_files import BadModel
+from worker.model_shelf import Shelf
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (WeightsError, InvalidArgument) as error:
+        raise BadModel(" ".join(str(error).split())) from error
+
+
+def check(source: Source) -> None:
+    """Load the model as a worker would, in the dtype that it is stored in, so that its numbers stay in the file.
+
+    Raises BadModel, in the engine's words.
+    """
+    with _refusals():
+        found = look(source)
+        if found.problems:
+            raise WeightsError("; ".join(found.problems))
+        load_model(source.path, "cpu", stored_dtype(found), **source.options())
+
+
+def look(source: Source) -> Inspection:
+    """What is in it, without reading a tensor; problems are told, not raised."""
+    return inspect(source.path, _choice(source))
+
+
+def sound(shelf: Shelf, what: str, progress: Progress) -> list[str]:
+    """The problems, each a sentence, that reading all of a model shows: one on the shelf by its name, or a path."""
+    if Path(what).exists():
+        return verify(Path(what))
+    try:
+        entry = shelf.entry(what)
+        problems = entry.damages(progress) or verify(entry.source.path, _choice(entry.source))
+        if not problems:
+            check(entry.source)  # its tokenizer and embeddings too
+    except (BadModel, ShelfError) as error:
+        return [str(error)]
+    return problems
+
+
+def stored_dtype(found: Inspection) -> str:
+    """The dtype of the U-Net's tensors; fp32 for what no model can be computed in."""
+    unet = next((part.dtypes for part in found.parts if part.component == "unet"), {})
+    most = max(unet, key=lambda name: unet[name], default="fp32")
+    return most if most in ("fp16", "bf16") else "fp32"
+
+
+def convert_to(source: Source, target: Path, dtype: str | None, *, force: bool) -> None:
+    """Write a model as a diffusers folder. `force`: in the place of a model that is there, once the new one is whole.
+
+    Raises BadModel.
+    """
+    _check_target(target, force)
+    options = {name: value for name, value in source.options().items() if name != "embeddings"}
+    written = target.with_name(f".{target.name}.new") if target.exists() else target
+    with _refusals():
+        shutil.rmtree(written, ignore_errors=True)
+        convert(source.path, written, dtype, **options)
+    if written != target:
+        old = target.with_name(f".{target.name}.old")
+        target.rename(old)
+        written.rename(target)
+        shutil.rmtree(old)
+
+
+def _check_target(target: Path, force: bool) -> None:
+    """Raises BadModel for what is there already; nothing but a diffusers folder is ever replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / "unet" / "config.json").is_file():
+        raise BadModel(f"{target} is there already and no diffusers folder, so it stays; choose another place")
+    if not force:
+        raise BadModel(f"{target} is there already; choose another place, or replace it with --force")
+
+
+def _choice(source: Source) -> Choice:
+    return Choice(
+        variant=source.variant,
+        ema=source.ema,
+        vae=source.vae,
+        prediction=source.prediction,
+        zero_snr=source.zero_snr,
+    )
