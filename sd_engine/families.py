@@ -46,7 +46,7 @@ def kind(configs: Configs) -> str:
 def detect(file: TensorFile, unet: Naming, prediction: str | None = None) -> Configs:
     """The configurations of the model that a file's U-Net belongs to. Raises WeightsError for an unknown family."""
     width = next((file.shape(key)[-1] for key in file.keys if key.endswith(_CROSS_ATTENTION)), None)
-    if width not in FAMILIES:
+    if width is None or width not in FAMILIES:
         known = ", ".join(f"{name} takes {width}" for width, (name, _) in FAMILIES.items())
         raise WeightsError(
             f"{file.path}: its U-Net takes texts of width {width}, and {known}; other families are not supported"

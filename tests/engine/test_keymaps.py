@@ -134,7 +134,7 @@ def test_original_names_mean_what_the_reference_converter_takes_them_for(name: s
     configs = FAMILIES[name]
     modules = reference(configs)
     original = ldm_names.checkpoint(*(modules[name].state_dict() for name in COMPONENTS))
-    converted = {
+    converted: dict[Component, dict[str, Tensor]] = {
         "unet": convert_ldm_unet_checkpoint(dict(original), dict(reference_unet_config())),
         "vae": convert_ldm_vae_checkpoint(dict(original), {"down_block_types": [0] * 4, "up_block_types": [0] * 4}),
     }
