@@ -69,7 +69,7 @@ def lcm(schedule: NoiseSchedule, steps: int, start: int) -> Way:
         stretched = t_i * LCM_STRETCH
         length = stretched**2 + LCM_DATA_DEVIATION**2
         denoised = stretched / sqrt(length) * D + LCM_DATA_DEVIATION**2 / length * X
-        lines.append(Line(t_i, *_scales(now_i), sqrt(after) * denoised, s=sqrt(1 - after), draws=after < 1))
+        lines.append(Line(t_i, *_scales(now_i), sqrt(after) * denoised, s=sqrt(1 - after), draws=True))
     lines[-1] = lines[-1]._replace(draws=False)
     return Way(lines, 1.0)
 
