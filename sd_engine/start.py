@@ -34,7 +34,7 @@ class Start:
 
 
 def start(model: Model, row: Row, noise: NoiseSource) -> Start:
-    """What the row begins with, float32. Raises NonFinite for a second pass over what is not finite.
+    """What the row begins with, float32. Raises NonFinite for a picture to enlarge that is not finite.
 
     The order of the draws is the reference's: sample of the picture that is started from, noise, sample of the picture
     that is kept; then steps. Inpainting at strength 1 starts from noise alone, and so does every row without a picture.
@@ -73,20 +73,15 @@ def _clean(model: Model, row: Row, noise: NoiseSource) -> Tensor | None:
 
 def _enlarged(model: Model, row: Row, first_CHW: Tensor, noise: NoiseSource) -> Tensor:
     """The first pass at the second's size: its latent bilinearly (nothing is drawn), or its picture by Lanczos."""
-    _check_finite(first_CHW)
     shape = _shape(model, row)
     if row.request.upscale_by == "latent":
         return F.interpolate(first_CHW[None], shape[1:], mode="bilinear", align_corners=False, antialias=False)[0]
     picture_BCHW = decode_latents(model, first_CHW[None])
-    _check_finite(picture_BCHW)
+    if not bool(picture_BCHW.isfinite().all()):
+        # Rounded to 256 levels, NaN would be an ordinary black, and the second pass would draw on it.
+        raise NonFinite("the picture of the first pass is not finite: try float32, or less guidance")
     larger = fit(rounded(picture_BCHW)[0].numpy(), row.lane.height, row.lane.width)
     return encode_picture(model, _as_pixels(larger), noise.draw(shape))
-
-
-def _check_finite(x: Tensor) -> None:
-    # Rounded to 256 levels, NaN would be an ordinary black, and the second pass would draw on it.
-    if not bool(x.isfinite().all()):
-        raise NonFinite("the picture of the first pass is not finite: try float32, or less guidance")
 
 
 def _kept(model: Model, row: Row, noise: NoiseSource, clean_CHW: Tensor | None) -> Tensor:
