@@ -91,6 +91,8 @@ def test_the_bulk_examples_rows_are_good_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", typed_commands(), ids=" ".join)
 def test_a_typed_command_has_the_options_it_is_typed_with(words: list[str]) -> None:
     command: click.Command = COMMANDS[words[0]].load()
+    if isinstance(command, click.Group):
+        command = command.commands[words[1]]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known
 

@@ -1,0 +1,370 @@
+"""The shelf: what is added is whole and sound, is served as it was added, and nothing else is ever seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from jobs import Settings
+from sd_engine import Engine, Request
+from worker.demo import embedded
+from worker.model_entry import MANIFEST, ShelfError, Source, read_entry, source_at
+from worker.model_shelf import Shelf, served
+from worker.models_cli import models
+from worker.workshop import TorchOptions, open_workshop
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(models, [str(word) for word in words])
+
+
+def ran(*words: object) -> str:
+    """The output of a command that must succeed."""
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*words: object) -> str:
+    """What a command that is refused says: one line."""
+    result = run(*words)
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
+    return result.stderr
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf(Settings().home)
+
+
+def on_disk(shelf: Shelf) -> list[str]:
+    """Everything in the shelf's folder, hidden or not."""
+    return sorted(path.name for path in shelf.folder.iterdir()) if shelf.folder.exists() else []
+
+
+def draw(models: dict[str, Path | str], name: str) -> Any:
+    """A picture by a worker's own engine."""
+    workshop = open_workshop(models, TorchOptions("cpu"))
+    assert not workshop.broken
+    engine = workshop.make_engine()
+    assert isinstance(engine, Engine)
+    (picture,) = engine.render([Request("a red cat", model=name, steps=2, height=64, width=64, seed=7)])
+    return picture
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"the network was asked for: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+
+
+def test_an_added_file_is_served_with_its_tokenizer_and_draws_what_its_folder_draws_without_a_network(
+    tiny_file: Path, tiny_folder: Path, no_network: None
+) -> None:
+    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder)
+    tiny_file.unlink()
+    models = served(Settings())
+    assert list(models) == ["nightshift-mini", "tiny"]
+    ours, theirs = draw({"tiny": models["tiny"]}, "tiny"), draw({"tiny": tiny_folder}, "tiny")
+    # The same weights through the same kernels: not a bit may differ.
+    assert (ours == theirs).all()
+
+
+def test_an_added_folder_is_a_diffusers_folder_without_what_nobody_loads(
+    tiny_folder: Path, tmp_path: Path, shelf: Shelf
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "more")
+    (folder / "unet" / "run_me.py").write_text("raise SystemExit")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    ran("add", "tiny", folder)
+    there = {path.name for path in (shelf.folder / "tiny").rglob("*")}
+    assert "diffusion_pytorch_model.safetensors" in there and not {"run_me.py", "diffusion_pytorch_model.bin"} & there
+    assert source_at(shelf.folder / "tiny") == Source(shelf.folder / "tiny")
+
+
+def test_a_file_is_linked_on_one_file_system_and_copied_where_that_cannot_be(
+    tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tiny_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    ran("add", "linked", tiny_folder)
+    assert (shelf.folder / "linked" / "unet" / weights.name).samefile(weights)
+
+    def elsewhere(*arguments: object, **options: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", elsewhere)
+    ran("add", "copied", tiny_folder)
+    copy = shelf.folder / "copied" / "unet" / weights.name
+    assert not copy.samefile(weights) and copy.read_bytes() == weights.read_bytes()
+
+
+def test_a_model_that_is_only_linked_to_stays_where_it_is_even_when_it_is_removed(
+    tiny_file: Path, tiny_folder: Path, shelf: Shelf
+) -> None:
+    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder, "--link")
+    entry = shelf.entry("tiny")
+    assert entry.linked and entry.source.path == tiny_file
+    assert {path.name for path in entry.folder.iterdir()} == {MANIFEST, "tokenizer"}
+    assert not open_workshop({"tiny": entry.folder}, TorchOptions("cpu")).broken
+    ran("remove", "tiny")
+    assert tiny_file.is_file() and on_disk(shelf) == []
+
+
+def test_what_a_model_was_added_with_is_what_it_is_loaded_with(
+    tiny_file: Path, tiny_folder: Path, tmp_path: Path, shelf: Shelf
+) -> None:
+    (tmp_path / "words").mkdir()
+    save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "words" / "my-cat.safetensors")
+    (tmp_path / "words" / "notes.txt").write_text("private")
+    options = ("--prediction", "v_prediction", "--zero-snr", "--vae", tiny_folder, "--embeddings", tmp_path / "words")
+    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder, *options)
+    source = shelf.entry("tiny").source
+    assert (source.prediction, source.zero_snr, source.ema) == ("v_prediction", True, False)
+    assert source.vae == shelf.folder / "tiny" / "extras" / "vae"
+    assert not (shelf.folder / "tiny" / "embeddings" / "notes.txt").exists()
+    engine = open_workshop({"tiny": shelf.folder / "tiny"}, TorchOptions("cpu")).make_engine()
+    assert isinstance(engine, Engine)
+    model = engine.models["tiny"]
+    assert (model.schedule.prediction, model.schedule.zero_snr) == ("v_prediction", True)
+    assert list(model.embeddings) == ["my-cat"]
+
+
+def test_the_tokenizer_of_a_model_on_the_shelf_serves_another(tiny_file: Path, tiny_folder: Path, shelf: Shelf) -> None:
+    ran("add", "first", tiny_folder)
+    ran("add", "second", tiny_file, "--tokenizer", "first")
+    ran("add", "third", tiny_file, "--tokenizer", "second")
+    ran("remove", "first")
+    ran("remove", "second")
+    assert (shelf.folder / "third" / "tokenizer" / "vocab.json").is_file()
+
+
+def test_a_file_without_a_tokenizer_is_refused_with_the_remedy(tiny_file: Path, shelf: Shelf) -> None:
+    said = refused("add", "tiny", tiny_file)
+    assert str(tiny_file) in said and "--tokenizer DIR" in said and "openai/clip-vit-large-patch14" in said
+    assert on_disk(shelf) == []
+
+
+def test_a_tokenizer_beside_a_file_is_taken(tiny_file: Path, tiny_folder: Path, shelf: Shelf) -> None:
+    shutil.copytree(tiny_folder / "tokenizer", tiny_file.parent / "tokenizer")
+    ran("add", "tiny", tiny_file)
+    assert shelf.entry("tiny").source.tokenizer == shelf.folder / "tiny" / "tokenizer"
+
+
+def test_a_tokenizer_that_is_nowhere_is_refused_with_what_there_could_be(tiny_file: Path, tmp_path: Path) -> None:
+    assert "no folder with vocab.json" in refused("add", "tiny", tiny_file, "--tokenizer", tmp_path / "none")
+
+
+def _torn(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _incomplete(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "conv_in.weight"}, path)
+
+
+def _not_finite(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_out.bias"][0] = torch.nan
+    save_file(tensors, path)
+
+
+def _foreign(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [(_torn, "whole"), (_incomplete, "conv_in.weight"), (_not_finite, "decoder.conv_out.bias"), (_foreign, "Flux")],
+)
+def test_a_wrong_model_is_refused_in_the_engine_s_words_and_leaves_nothing(
+    spoil: Any, sentence: str, tiny_folder: Path, tmp_path: Path, shelf: Shelf
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "wrong")
+    spoil(folder)
+    assert sentence in refused("add", "wrong", folder)
+    assert on_disk(shelf) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("a/b", "no name for a model"), (".hidden", "no name"), ("nightshift-mini", "itself uses"), ("tiny", "already")],
+)
+def test_a_name_that_is_taken_or_not_allowed_is_refused(name: str, sentence: str, tiny_folder: Path) -> None:
+    ran("add", "tiny", tiny_folder)
+    assert sentence in refused("add", name, tiny_folder)
+
+
+def test_what_is_being_added_is_not_seen_and_what_a_killed_process_left_is_cleared(
+    tiny_folder: Path, shelf: Shelf
+) -> None:
+    left = shelf.folder / ".adding-tiny"
+    (left / "unet").mkdir(parents=True)
+    (left / MANIFEST).write_text("{}")
+    (left / "unet" / "old.bin").write_text("old")
+    seen: list[list[str]] = []
+    shelf.add("tiny", Source(tiny_folder), origin="a test", check=lambda source: seen.append(shelf.names()))
+    assert seen == [[]] and shelf.names() == ["tiny"]
+    assert on_disk(shelf) == ["tiny"] and not (shelf.folder / "tiny" / "unet" / "old.bin").exists()
+
+
+def test_two_processes_do_not_add_the_same_name_at_once(tiny_folder: Path, shelf: Shelf) -> None:
+    def meanwhile(source: Source) -> None:
+        with pytest.raises(ShelfError, match="another process works in"):
+            shelf.add("tiny", Source(tiny_folder), origin="another", check=lambda source: None)
+
+    shelf.add("tiny", Source(tiny_folder), origin="a test", check=meanwhile)
+    assert shelf.entry("tiny").origin == "a test"
+
+
+def test_the_shelf_is_for_its_owner_alone(tiny_folder: Path, shelf: Shelf) -> None:
+    ran("add", "tiny", tiny_folder)
+    for folder in (shelf.folder.parent, shelf.folder, shelf.folder / "tiny"):
+        assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_listed_model_says_what_is_wrong_with_it_and_who_serves_it(
+    tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good", "gone", "torn"):
+        ran("add", name, tiny_folder)
+    (shelf.folder / "gone" / "vae" / "config.json").unlink()
+    (shelf.folder / "torn" / MANIFEST).write_text('{"form": 1}')
+    monkeypatch.setenv("NIGHTSHIFT_MODELS", f"good,other={tiny_folder},never")
+    found = {line["name"]: line for line in json.loads(ran("list", "--json"))}
+    assert {name: line["served"] for name, line in found.items()} == {
+        "nightshift-mini": False, "good": True, "gone": False, "torn": False, "other": True, "never": True,
+    }  # fmt: skip
+    assert found["good"]["state"] == "ready" and found["good"]["kind"] == "folder"
+    assert found["good"]["bytes"] == shelf.entry("good").size > 1_000_000
+    assert "config.json is gone" in found["gone"]["state"]
+    assert "cannot be read (lacks 'source')" in found["torn"]["state"]
+    assert "no model 'never' on the shelf" in found["never"]["state"]
+    table = ran("list").splitlines()
+    assert table[0].split() == ["name", "kind", "size", "served", "state", "path"] and len(table) == 7
+
+
+def test_the_worker_serves_what_it_is_told_and_fails_the_jobs_of_what_is_not_there(
+    tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran("add", "tiny", tiny_folder)
+    monkeypatch.setenv("NIGHTSHIFT_MODELS", "tiny,never")
+    models = served(Settings())
+    assert models == {"tiny": shelf.folder / "tiny", "never": shelf.folder / "never"}
+    workshop = open_workshop(models, TorchOptions("cpu"))
+    assert workshop.models == ("tiny", "never") and "no model" in workshop.broken["never"]
+
+
+def test_the_demo_finds_a_model_of_the_usual_shelf_although_its_home_is_its_own(
+    tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(embedded(tmp_path / "demo").models) == ["nightshift-mini"]
+    monkeypatch.setenv("NIGHTSHIFT_MODELS", "tiny")
+    assert embedded(tmp_path / "demo").models == {"tiny": shelf.folder / "tiny"}
+
+
+def test_adding_what_no_worker_will_serve_says_so(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_MODELS", "nightshift-mini")
+    result = run("add", "tiny", tiny_folder)
+    assert result.exit_code == 0 and "NIGHTSHIFT_MODELS is set and does not name tiny" in result.stderr
+
+
+def test_verify_finds_a_single_changed_bit_and_says_it_in_a_sentence(tiny_folder: Path, shelf: Shelf) -> None:
+    ran("add", "good", tiny_folder)
+    ran("add", "bad", tiny_folder)
+    assert ran("verify").splitlines() == ["bad: sound", "good: sound"]
+    path = shelf.folder / "bad" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    path.unlink()  # it is the same file as the other's
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = run("verify")
+    assert result.exit_code == 1 and result.stdout == "good: sound\n"
+    assert result.stderr == f"bad: {path} is not what was added; add the model again\n"
+
+
+def test_verify_and_inspect_take_any_path(tiny_folder: Path, tmp_path: Path) -> None:
+    assert ran("verify", tiny_folder) == f"{tiny_folder}: sound\n"
+    text = ran("inspect", tiny_folder)
+    assert "diffusers folder" in text and text.splitlines()[-1].split() == ["loadable", "yes"]
+    found = json.loads(ran("inspect", tiny_folder, "--json"))
+    assert found["loadable"] and {part["component"] for part in found["parts"]} == {"text_encoder", "unet", "vae"}
+    folder = shutil.copytree(tiny_folder, tmp_path / "wrong")
+    _torn(folder)
+    for command in ("verify", "inspect"):
+        result = run(command, folder)
+        assert result.exit_code == 1 and "whole" in result.output
+    assert "no model 'nothing-here' on the shelf" in refused("inspect", "nothing-here")
+
+
+def test_the_shipped_model_can_be_looked_at_by_its_name() -> None:
+    assert json.loads(ran("inspect", "nightshift-mini", "--json"))["loadable"]
+
+
+def test_convert_writes_a_folder_that_draws_and_replaces_one_only_when_told(
+    tiny_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder)
+    ran("convert", "tiny", out)
+    assert (draw({"x": out}, "x") == draw({"x": tiny_folder}, "x")).all()  # the same weights, the same kernels
+    assert "--force" in refused("convert", "tiny", out, "--dtype", "fp16")
+    ran("convert", tiny_file, out, "--tokenizer", "tiny", "--dtype", "fp16", "--force")
+    assert json.loads(ran("inspect", out, "--json"))["parts"][0]["dtypes"].keys() == {"fp16"}
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
+def test_convert_never_replaces_what_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_text("precious")
+    assert "no diffusers folder" in refused("convert", tiny_folder, tmp_path / "photos", "--force")
+    assert (tmp_path / "photos" / "me.jpg").read_text() == "precious"
+
+
+def test_a_failed_conversion_leaves_the_old_one(tiny_folder: Path, tmp_path: Path) -> None:
+    wrong, out = shutil.copytree(tiny_folder, tmp_path / "wrong"), shutil.copytree(tiny_folder, tmp_path / "out")
+    _torn(wrong)
+    refused("convert", wrong, out, "--force")
+    assert not read_problems(out) and sorted(tmp_path.glob(".out*")) == []
+
+
+def read_problems(folder: Path) -> list[str]:
+    return list(json.loads(ran("inspect", folder, "--json"))["problems"])
+
+
+def test_a_manifest_of_another_form_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"form": 2}')
+    with pytest.raises(ShelfError, match="its form is 2, known is 1"):
+        read_entry(tmp_path)
+
+
+def test_the_installed_command_removes_and_says_when_there_is_nothing_to_remove(tiny_folder: Path) -> None:
+    """Once as people run it: processes of their own, through the console script's entry point."""
+    ran("add", "tiny", tiny_folder)
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", "models", "remove", "tiny"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=120) for _ in range(2))
+    assert (first.returncode, first.stdout, first.stderr) == (0, "tiny is removed\n", "")
+    assert second.returncode == 2 and second.stderr.startswith("Error: there is no model 'tiny' on the shelf")
+
+
+@pytest.mark.parametrize("command", sorted(models.commands))
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    assert f"nightshift models {command}" in ran(command, "--help").partition("Example")[2]
