@@ -6,6 +6,7 @@ Imported by ``nightshift --help``: what needs torch or the hub's library is impo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -249,6 +250,8 @@ def convert(what: str, out: Path, dtype: str | None, force: bool, tokenizer: str
     shelf = Shelf(Settings().home)
     given = {name: value for name, value in options.items() if value not in (None, False)}
     source = replace(_source(shelf, what), **given)
+    if sys.stderr.isatty():
+        click.echo(f"converting {source.path} ...", err=True)  # minutes for a large one, and the engine tells no steps
     if tokenizer is None and source.tokenizer is not None:  # one of the shelf
         convert_to(source, out, dtype, force=force)
     else:
