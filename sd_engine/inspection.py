@@ -142,7 +142,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _no_model(path: Path, problem: str) -> Inspection:
     """What can be said about a path that is no whole model."""
-    if not path.is_file() or path.suffix not in SUFFIXES:
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         return Inspection(path, "folder" if path.is_dir() else "nothing", "unknown", problems=(problem,))
     with ExitStack() as stack:
         try:

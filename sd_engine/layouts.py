@@ -35,19 +35,20 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 
 def _opener(path: Path) -> AbstractContextManager[TensorFile]:
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         return _opened_index(path)
-    if path.suffix not in SUFFIXES:
+    if suffix not in SUFFIXES:
         raise WeightsError(f"{path} has none of the suffixes of a model ({', '.join(SUFFIXES)})")
     _check_content(path)
-    return opened_safetensors(path) if path.suffix == ".safetensors" else picklefile.opened_pickle(path)
+    return opened_safetensors(path) if suffix == ".safetensors" else picklefile.opened_pickle(path)
 
 
 def _check_content(path: Path) -> None:
     """Raises WeightsError for a file whose first bytes show that it is something other than its name says."""
     with path.open("rb") as file:
         start = file.read(64)
-    wanted = "safetensors" if path.suffix == ".safetensors" else "pickle"
+    wanted = "safetensors" if path.suffix.lower() == ".safetensors" else "pickle"
     found = _content(start)
     if found in ("safetensors", "pickle") and found != wanted:
         suffix = ".safetensors" if found == "safetensors" else ".ckpt"

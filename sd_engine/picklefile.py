@@ -76,7 +76,7 @@ class PickleFile(TensorFile):
 @contextmanager
 def opened_pickle(path: Path) -> Iterator[TensorFile]:
     """Open a pickled checkpoint. Raises WeightsError for one with code in it, torn, or something else."""
-    mapped = zipfile.is_zipfile(path)
+    mapped = _is_zip(path)
     if mapped:
         _check_zip(path)
     content = _unpickled(path, mapped)
@@ -95,12 +95,18 @@ def _beside(content: Mapping[Any, Any]) -> dict[str, object]:
     return {key: value if isinstance(value, str | int | float) else None for key, value in others.items()}
 
 
+def _is_zip(path: Path) -> bool:
+    """By its first bytes, as torch decides: a zip may have anything before its directory, and torch would read that."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _check_zip(path: Path) -> None:
     """Refuse what would be unpacked rather than mapped: a few bytes could ask for any amount of memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # a damaged directory is met anywhere in the reader, as half a dozen kinds
         raise WeightsError(f"{path} is not a whole checkpoint ({error}); download it again") from error
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     large = [entry.filename for entry in entries if entry.filename.endswith(".pkl") and entry.file_size > PICKLE_LIMIT]

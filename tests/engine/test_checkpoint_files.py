@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import zipfile
@@ -113,6 +114,33 @@ def test_a_torn_pickle_is_told(tmp_path: Path, save: Callable[[Any, Path], None]
     content = (tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "torn.ckpt").write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
     assert re.search("not a whole checkpoint", refusal(tmp_path / "torn.ckpt"))
+
+
+def save_safetensors(content: Any, path: Path) -> None:
+    save_file(content, path)
+
+
+@pytest.mark.parametrize(
+    ("save", "suffix"), [(save_zip, ".ckpt"), (save_old, ".ckpt"), (save_safetensors, ".safetensors")]
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, for a damaged byte that says so
+def test_a_file_with_damaged_bytes_opens_or_is_told_and_nothing_else_happens(
+    tmp_path: Path, save: Callable[[Any, Path], None], suffix: str
+) -> None:
+    save(TENSORS, tmp_path / f"whole{suffix}")
+    whole, rng, told = (tmp_path / f"whole{suffix}").read_bytes(), random.Random(8), 0
+    for i in range(150):
+        damaged, path = bytearray(whole), tmp_path / f"{i}{suffix}"
+        for _ in range(rng.choice((1, 2, 5))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            with layouts.opened(path) as file:
+                assert all(isinstance(file.shape(key), tuple) for key in file.keys)
+        except WeightsError as error:
+            told += 1
+            assert "\n" not in str(error) and path.name in str(error)
+    assert told > 10, "the damage shows nothing"
 
 
 # --- safetensors
