@@ -9,10 +9,12 @@ from typing import Any, cast
 import pytest
 from safetensors.torch import save_file
 
+from jobs import Settings
 from sd_engine import families
 from sd_engine.weights import load_model
 from tests.engine.models import configs_of, original_tensors
 from tests.tiny_model import make_tiny_model
+from worker.model_shelf import Shelf
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +33,9 @@ def tiny_file(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = tmp_path / "files" / "tiny.safetensors"
     save_file(original_tensors(tiny_folder), path)
     return path
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    """That of the test's own data directory."""
+    return Shelf(Settings().home)

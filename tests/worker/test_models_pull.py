@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from jobs import Settings
 from tests.worker.hub import COMMIT, LocalHub, local_hub
 from worker.model_entry import ShelfError
 from worker.model_hub import Hub, PullError
@@ -50,11 +49,6 @@ def online(monkeypatch: pytest.MonkeyPatch, hub: LocalHub) -> Hub:
     # What is in the library's hands when the connection breaks is lost: at most this much, by default more than a file.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
     return Hub(hub.endpoint)
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf(Settings().home)
 
 
 def pull(shelf: Shelf, hub: Hub, repository: str = "org/tiny") -> None:

@@ -6,61 +6,20 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from jobs import Settings
-from sd_engine import Engine, Request
+from sd_engine import Engine
+from tests.worker.models_helpers import draw, on_disk, ran, refused, run, torn
 from worker.demo import embedded
 from worker.model_entry import MANIFEST, ShelfError, Source, read_entry, source_at
 from worker.model_shelf import Shelf, served
-from worker.models_cli import models
 from worker.workshop import TorchOptions, open_workshop
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(models, [str(word) for word in words])
-
-
-def ran(*words: object) -> str:
-    """The output of a command that must succeed."""
-    result = run(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refused(*words: object) -> str:
-    """What a command that is refused says: one line."""
-    result = run(*words)
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1, result.output
-    return result.stderr
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf(Settings().home)
-
-
-def on_disk(shelf: Shelf) -> list[str]:
-    """Everything in the shelf's folder, hidden or not."""
-    return sorted(path.name for path in shelf.folder.iterdir()) if shelf.folder.exists() else []
-
-
-def draw(models: dict[str, Path | str], name: str) -> Any:
-    """A picture by a worker's own engine."""
-    workshop = open_workshop(models, TorchOptions("cpu"))
-    assert not workshop.broken
-    engine = workshop.make_engine()
-    assert isinstance(engine, Engine)
-    (picture,) = engine.render([Request("a red cat", model=name, steps=2, height=64, width=64, seed=7)])
-    return picture
 
 
 @pytest.fixture
@@ -168,11 +127,6 @@ def test_a_tokenizer_that_is_nowhere_is_refused_with_what_there_could_be(tiny_fi
     assert "no folder with vocab.json" in refused("add", "tiny", tiny_file, "--tokenizer", tmp_path / "none")
 
 
-def _torn(folder: Path) -> None:
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def _incomplete(folder: Path) -> None:
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -193,7 +147,7 @@ def _foreign(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
-    [(_torn, "whole"), (_incomplete, "conv_in.weight"), (_not_finite, "decoder.conv_out.bias"), (_foreign, "Flux")],
+    [(torn, "whole"), (_incomplete, "conv_in.weight"), (_not_finite, "decoder.conv_out.bias"), (_foreign, "Flux")],
 )
 def test_a_wrong_model_is_refused_in_the_engine_s_words_and_leaves_nothing(
     spoil: Any, sentence: str, tiny_folder: Path, tmp_path: Path, shelf: Shelf
@@ -241,27 +195,6 @@ def test_the_shelf_is_for_its_owner_alone(tiny_folder: Path, shelf: Shelf) -> No
         assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_a_listed_model_says_what_is_wrong_with_it_and_who_serves_it(
-    tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("good", "gone", "torn"):
-        ran("add", name, tiny_folder)
-    (shelf.folder / "gone" / "vae" / "config.json").unlink()
-    (shelf.folder / "torn" / MANIFEST).write_text('{"form": 1}')
-    monkeypatch.setenv("NIGHTSHIFT_MODELS", f"good,other={tiny_folder},never")
-    found = {line["name"]: line for line in json.loads(ran("list", "--json"))}
-    assert {name: line["served"] for name, line in found.items()} == {
-        "nightshift-mini": False, "good": True, "gone": False, "torn": False, "other": True, "never": True,
-    }  # fmt: skip
-    assert found["good"]["state"] == "ready" and found["good"]["kind"] == "folder"
-    assert found["good"]["bytes"] == shelf.entry("good").size > 1_000_000
-    assert "config.json is gone" in found["gone"]["state"]
-    assert "cannot be read (lacks 'source')" in found["torn"]["state"]
-    assert "no model 'never' on the shelf" in found["never"]["state"]
-    table = ran("list").splitlines()
-    assert table[0].split() == ["name", "kind", "size", "served", "state", "path"] and len(table) == 7
-
-
 def test_the_worker_serves_what_it_is_told_and_fails_the_jobs_of_what_is_not_there(
     tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,84 +220,7 @@ def test_adding_what_no_worker_will_serve_says_so(tiny_folder: Path, monkeypatch
     assert result.exit_code == 0 and "NIGHTSHIFT_MODELS is set and does not name tiny" in result.stderr
 
 
-def test_verify_finds_a_single_changed_bit_and_says_it_in_a_sentence(tiny_folder: Path, shelf: Shelf) -> None:
-    ran("add", "good", tiny_folder)
-    ran("add", "bad", tiny_folder)
-    assert ran("verify").splitlines() == ["bad: sound", "good: sound"]
-    path = shelf.folder / "bad" / "unet" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(path.read_bytes())
-    path.unlink()  # it is the same file as the other's
-    content[-1] ^= 1
-    path.write_bytes(content)
-    result = run("verify")
-    assert result.exit_code == 1 and result.stdout == "good: sound\n"
-    assert result.stderr == f"bad: {path} is not what was added; add the model again\n"
-
-
-def test_verify_and_inspect_take_any_path(tiny_folder: Path, tmp_path: Path) -> None:
-    assert ran("verify", tiny_folder) == f"{tiny_folder}: sound\n"
-    text = ran("inspect", tiny_folder)
-    assert "diffusers folder" in text and text.splitlines()[-1].split() == ["loadable", "yes"]
-    found = json.loads(ran("inspect", tiny_folder, "--json"))
-    assert found["loadable"] and {part["component"] for part in found["parts"]} == {"text_encoder", "unet", "vae"}
-    folder = shutil.copytree(tiny_folder, tmp_path / "wrong")
-    _torn(folder)
-    for command in ("verify", "inspect"):
-        result = run(command, folder)
-        assert result.exit_code == 1 and "whole" in result.output
-    assert "no model 'nothing-here' on the shelf" in refused("inspect", "nothing-here")
-
-
-def test_the_shipped_model_can_be_looked_at_by_its_name() -> None:
-    assert json.loads(ran("inspect", "nightshift-mini", "--json"))["loadable"]
-
-
-def test_convert_writes_a_folder_that_draws_and_replaces_one_only_when_told(
-    tiny_file: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder)
-    ran("convert", "tiny", out)
-    assert (draw({"x": out}, "x") == draw({"x": tiny_folder}, "x")).all()  # the same weights, the same kernels
-    assert "--force" in refused("convert", "tiny", out, "--dtype", "fp16")
-    ran("convert", tiny_file, out, "--tokenizer", "tiny", "--dtype", "fp16", "--force")
-    assert json.loads(ran("inspect", out, "--json"))["parts"][0]["dtypes"].keys() == {"fp16"}
-    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
-
-
-def test_convert_never_replaces_what_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "me.jpg").write_text("precious")
-    assert "no diffusers folder" in refused("convert", tiny_folder, tmp_path / "photos", "--force")
-    assert (tmp_path / "photos" / "me.jpg").read_text() == "precious"
-
-
-def test_a_failed_conversion_leaves_the_old_one(tiny_folder: Path, tmp_path: Path) -> None:
-    wrong, out = shutil.copytree(tiny_folder, tmp_path / "wrong"), shutil.copytree(tiny_folder, tmp_path / "out")
-    _torn(wrong)
-    refused("convert", wrong, out, "--force")
-    assert not read_problems(out) and sorted(tmp_path.glob(".out*")) == []
-
-
-def read_problems(folder: Path) -> list[str]:
-    return list(json.loads(ran("inspect", folder, "--json"))["problems"])
-
-
 def test_a_manifest_of_another_form_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text('{"form": 2}')
     with pytest.raises(ShelfError, match="its form is 2, known is 1"):
         read_entry(tmp_path)
-
-
-def test_the_installed_command_removes_and_says_when_there_is_nothing_to_remove(tiny_folder: Path) -> None:
-    """Once as people run it: processes of their own, through the console script's entry point."""
-    ran("add", "tiny", tiny_folder)
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "models", "remove", "tiny"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, timeout=120) for _ in range(2))
-    assert (first.returncode, first.stdout, first.stderr) == (0, "tiny is removed\n", "")
-    assert second.returncode == 2 and second.stderr.startswith("Error: there is no model 'tiny' on the shelf")
-
-
-@pytest.mark.parametrize("command", sorted(models.commands))
-def test_every_command_has_help_with_an_example(command: str) -> None:
-    assert f"nightshift models {command}" in ran(command, "--help").partition("Example")[2]
