@@ -21,13 +21,14 @@ META = torch.device("meta")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that live on `meta`, and notes which dtypes were seen there.
+    """Counts the bytes of the storages that live on `meta` (or on another device), and notes the dtypes seen there.
 
     What a kernel takes for itself (workspaces of convolutions, upcasts) is invisible: only its results are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = META) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.live = self._peak = 0
         self.peaks: dict[str, int] = {}
         self.dtypes: set[torch.dtype] = set()
@@ -47,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor's storage, once, until nothing holds it any more."""
-        if tensor.device != META:
+        if tensor.device != self.device:
             return
         self.dtypes.add(tensor.dtype)
         storage = tensor.untyped_storage()
@@ -82,6 +83,8 @@ def _answer(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         wanted = torch.device(kwargs.get("device") or META)
         if wanted != META:
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=wanted)
+    if func is torch.ops.aten.copy_.default and args[1].device == META:
+        return args[0]
     return func(*args, **kwargs)
 
 
