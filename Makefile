@@ -21,7 +21,7 @@ CHECKED := jobs sd_engine worker migrations tests benchmarks
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow check format train-mini clean
+.PHONY: help .venv demo test test-slow parity check format train-mini clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test: $(STAMP)  ## the tests, without the slow ones
 
 test-slow: $(STAMP)  ## the slow tests only
 	@$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+parity: $(STAMP)  ## full-size SD 1.5 and 2.1 models beside the reference's: a table of differences
+	@$(BIN)/python -m benchmarks.parity
 
 check: $(STAMP)  ## ruff, mypy --strict and the import rule
 	@$(BIN)/ruff format --check $(wildcard $(CHECKED))
