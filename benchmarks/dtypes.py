@@ -8,17 +8,14 @@ Prints a table and writes `benchmarks/results/dtypes.json`. Differences are in l
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Request, load_model, shipped_model
 from sd_engine.devices import DTYPES, pick_device
 
@@ -59,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dtypes.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "dtypes.json")
     args = parser.parse_args()
     expected = draw("fp32", args.device, args.steps)
     found = {dtype: differences(draw(dtype, args.device, args.steps), expected) for dtype in DTYPES if dtype != "fp32"}
@@ -68,14 +65,7 @@ def main() -> int:
     for dtype, line in found.items():
         print(f"{dtype:6}" + "".join(f"{line[column]:22.2f}" for column in columns))
     what = {"pictures": len(expected), "steps": args.steps, "samplers": SAMPLERS, "levels from fp32": found}
-    where = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(pick_device(args.device)),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(what | where, indent=2) + "\n")
+    write(args.out, what, device=str(pick_device(args.device)))
     return 0
 
 

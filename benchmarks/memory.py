@@ -10,17 +10,15 @@ Not in the numbers: the CUDA context (some hundred MB), the kernels' own workspa
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.accounting import META, FusedAttention, LiveBytes, Phases
+from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, shipped_model
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.devices import DTYPES
@@ -90,22 +88,12 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(f"{line['dtype']:6}{line['offload']:12}" + "".join(f"{line[column] / MB:16.0f}" for column in columns))
 
 
-def where() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": "meta (counted, not run)",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--pictures", type=int, default=1, help="pictures of one pack")
     parser.add_argument("--plain-attention", action="store_true", help="count the matrix of scores, too")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     args = parser.parse_args()
     lines = table(side=args.side, pictures=args.pictures, fused=not args.plain_attention)
     show(lines)
@@ -116,8 +104,7 @@ def main() -> int:
         "guided": True,
         "attention": "plain" if args.plain_attention else "fused",
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(asked | {"bytes": lines} | where(), indent=2) + "\n")
+    write(args.out, asked | {"bytes": lines}, device="meta (counted, not run)")
     return 0
 
 

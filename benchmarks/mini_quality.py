@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import random
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 
+from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Request, load_model, shipped_model
 
 Pixels = npt.NDArray[np.uint8]
@@ -217,20 +214,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sampler", default="euler_a")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mini_quality.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mini_quality.json")
     args = parser.parse_args()
     result = measure(args.model or shipped_model(), args.prompts, args.seed, args.steps, args.guidance, args.sampler)
     for name in ("both_colours_right", "shape_right", "all_right"):
         print(f"{name:20} {result[name]:6.1%}")
     print(*[f"  miss: {miss}" for miss in result["misses"]], sep="\n")  # type: ignore[attr-defined]
-    where = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": "cpu",
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | where, indent=2) + "\n")
+    write(args.out, result)
     return 0
 
 

@@ -1,15 +1,16 @@
-"""A pack that does not fit is halved, the lane remembers it, and no picture knows; only a row that fits nowhere fails."""
+"""A pack that does not fit is halved, the lane remembers it, and no picture knows; a row that fits nowhere fails alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from sd_engine import Engine, Model, Request, load_model
+from sd_engine import Engine, Finished, Model, Request, load_model
 from sd_engine.errors import OutOfMemory
 from sd_engine.halving import is_out_of_memory
 from sd_engine.row import Lane
@@ -76,7 +77,7 @@ def test_a_row_that_does_not_fit_alone_fails_in_a_sentence_and_its_neighbours_do
     engine = Engine(model)
     guided = engine.add(REQUESTS[0])
     unguided = engine.add(Request("cat", guidance=None, steps=2, width=64, height=64))
-    endings = {}
+    endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
     assert isinstance(endings[guided].error, OutOfMemory)
@@ -103,7 +104,7 @@ def test_a_step_that_fails_after_drawing_its_noise_does_not_draw_it_again(
         return draw(shape)
 
     monkeypatch.setattr(row.noise, "draw", fails_once)
-    endings = {}
+    endings: dict[int, npt.NDArray[np.uint8] | None] = {}
     while not engine.idle:
         endings |= {finished.id: finished.image for finished in engine.step()}
     for id in (first, second):

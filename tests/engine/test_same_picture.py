@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sd_engine import Engine, Model, Request, load_model, runner
+from sd_engine import Engine, Model, Request, load_model, noise, runner
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, join
 from sd_engine.noise import NoiseSource
@@ -103,8 +103,9 @@ def test_apart_a_rows_bits_do_not_depend_on_the_length_of_the_neighbours_prompts
     own, short, long = (unet.context(torch.randn(tokens, 24)) for tokens in (77, 77, 154))
     x, t = torch.randn(8, 4, 8, 8), torch.full((8,), 500.0)
 
-    def drawn(neighbours: list[Context]) -> torch.Tensor:
-        return unet(x, t, join([own, *neighbours], apart=True))[0]
+    def drawn(neighbours: list[Context]) -> Tensor:
+        prediction: Tensor = unet(x, t, join([own, *neighbours], apart=True))
+        return prediction[0]
 
     lengths = [[short] * 7, [short] * 3 + [long] * 4, [long] * 7]
     predictions = [drawn(neighbours) for neighbours in lengths]
@@ -126,7 +127,7 @@ class Recorded:
 def draws(model: Model, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
     """Every draw of every request, in order, by its place in the list."""
     recorded: list[tuple[int, Recorded]] = []
-    make = runner.noise_source
+    make = noise.noise_source
 
     def recording(kind: str, seed: int) -> Recorded:
         recorded.append((seed, Recorded(make(kind, seed))))  # type: ignore[arg-type]
