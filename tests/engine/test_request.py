@@ -31,6 +31,17 @@ PICTURE = np.zeros((64, 72, 3), np.uint8)
         "width": [0, 56, 100, 4104, 512.0, True, "512"],
         "height": [0, 56, 100, 4104, 512.0, True, "512"],
         "model": [3, b"mini"],
+        "guidance_rescale": [-0.1, 1.1, True, None],
+        "eta": [-0.1, 1.1, "0", None],
+        "clip_skip": [0, 13, 1.0, True, None],
+        "mask": [PICTURE[..., 0]],  # of no picture
+        "mask_blur": [-1, 257, float("nan"), None],
+        "resize": ["", "cover", None],
+        "upscale": [1, 1.0, 0.5, 4.1, float("inf"), "2", True],
+        "upscale_strength": [0, 1.1, None],
+        "upscale_steps": [0, 1001, 2.0, True],
+        "upscale_by": ["", "image", None],
+        "noise": ["", "mps", None],
         "init_image": [[[1]], "a.png", PICTURE.astype(np.float32), PICTURE[..., :2], PICTURE[0], PICTURE[:0]],
     }.items(),
 )
@@ -56,11 +67,33 @@ def test_a_bad_value_is_refused_by_field_value_and_range(field: str, values: lis
         "width": [None, 64, 4096],
         "height": [None, 64, 4096],
         "model": [None, "mini"],
+        "guidance_rescale": [0, 1],
+        "eta": [0, 1.0],
+        "clip_skip": [1, 12],
+        "mask_blur": [0, 256],
+        "resize": ["stretch", "crop", "fill"],
+        "upscale": [None, 1.001, 4],
+        "upscale_strength": [0.001, 1],
+        "upscale_steps": [None, 1, 1000],
+        "upscale_by": ["latent", "pixel"],
+        "noise": ["cpu", "cuda"],
     }.items(),
 )
 def test_the_ends_of_each_range_are_allowed(field: str, values: list[Any]) -> None:
     for value in values:
         assert getattr(Request(**{"prompt": "a cat", field: value}), field) == value
+
+
+@pytest.mark.parametrize("mask", [PICTURE, PICTURE[..., 0].astype(bool), PICTURE[..., 0].tolist()])
+def test_what_is_no_mask_is_refused(mask: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^mask=.* is not allowed: .*uint8 \[H, W\]"):
+        Request("a cat", init_image=PICTURE, mask=mask)
+
+
+def test_a_mask_of_another_size_than_its_picture_is_refused_naming_both() -> None:
+    with pytest.raises(InvalidRequest, match=r"mask.size=\(72, 64\) .* height and width, \(64, 72\); draw the mask"):
+        Request("a cat", init_image=PICTURE, mask=PICTURE[..., 0].T)
+    assert Request("a cat", init_image=PICTURE, mask=PICTURE[..., 0]).mask is not None
 
 
 def test_a_request_is_frozen_and_keeps_its_own_copy_of_the_picture() -> None:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sd_engine import Cancelled, Engine, InvalidRequest, Model, NonFinite, Request, load_model
+from sd_engine import Cancelled, Engine, Finished, InvalidRequest, Model, NonFinite, Request, load_model
 from sd_engine.passes import first_row, second_row
 from sd_engine.row import Lane, Row
+from sd_engine.runner import Runner
 from tests.tiny_model import make_tiny_model
 
 # The reference's own schedulers turn a torch tensor into an array in a way that numpy 2 warns about.
@@ -52,11 +53,12 @@ class Reference:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def latent(self, picture: Pixels, generator: torch.Generator) -> torch.Tensor:
+    def latent(self, picture: npt.NDArray[np.generic], generator: torch.Generator) -> torch.Tensor:
         vae = self.parts["vae"]
         with torch.inference_mode():
             moments = vae.encode(torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
-            return moments.sample(generator) * vae.config.scaling_factor
+            latent: torch.Tensor = moments.sample(generator) * vae.config.scaling_factor
+        return latent
 
     def picture(self, latent: torch.Tensor) -> npt.NDArray[np.float32]:
         vae = self.parts["vae"]
@@ -141,15 +143,20 @@ def test_what_is_kept_comes_from_the_init_image_at_the_larger_size(model: Model,
     assert difference(ours, theirs) <= TOLERANCE["latent"]
 
 
+def _draw(runner: Runner, row: Row) -> None:
+    runner.prepare([row])
+    while not row.done:
+        runner.denoise([row], lambda rows: None)
+
+
 def test_the_mask_stays_in_force_at_the_larger_size(model: Model) -> None:
     """Seen in the latent: the VAE's attention lets every pixel of a decoded picture depend on every cell."""
     runner = Engine(model).runner
-    row = first_row(1, request(init_image=INIT, mask=MASK), model.name, model)
-    while row is not None:
-        runner.prepare([row])
-        while not row.done:
-            runner.denoise([row], lambda rows: None)
-        last, row = row, second_row(row)
+    first = first_row(1, request(init_image=INIT, mask=MASK), model.name, model)
+    _draw(runner, first)
+    last = second_row(first)
+    assert last is not None
+    _draw(runner, last)
     assert last.latent is not None and last.inpaint is not None
     changed = (last.latent != last.inpaint.latent_CHW).any(0)
     assert changed.shape == (LARGER // 8, LARGER // 8)
@@ -245,7 +252,7 @@ def test_a_first_pass_that_is_not_finite_fails_alone(model: Model, by: str) -> N
     engine.runner.prepare(rows)
     assert rows[0].state is not None
     rows[0].state = rows[0].state * float("nan")
-    endings = {}
+    endings: dict[int, Finished] = {}
     while not engine.idle:
         endings |= {finished.id: finished for finished in engine.step()}
     assert isinstance(endings[bad].error, NonFinite)
