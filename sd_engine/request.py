@@ -38,11 +38,14 @@ class Request:
     width, height: pixels, multiples of 8; None takes the init image's size (rounded down to 8) or the model's own.
     init_image: uint8 [H, W, 3] or [H, W, 4] (transparent parts become white), copied.
     strength: how much of an init image is drawn anew, (0, 1]; at least one step is always made.
-    mask: uint8 [H, W], with an init image: 255 is drawn anew, 0 is kept; copied. mask_blur: deviation in pixels.
+    mask: uint8 [H, W] of the init image's size: from 128 on drawn anew, else kept; copied. Strength 1 then starts from
+    noise alone. mask_blur: deviation in pixels of the picture drawn; a blurred mask blends softly (with an inpainting
+    U-Net it stays hard, as the reference's).
     resize: how an init image (and its mask) of another shape comes to width x height: stretched, cut off at the longer
     sides, or whole with its edges continued.
     upscale: a second pass at this many times the size; upscale_strength and upscale_steps (None: `steps`) are that
-    pass's own, upscale_by says whether the latent or the picture is enlarged.
+    pass's own, upscale_by says whether the latent or the picture is enlarged. A mask stays in force: what it keeps
+    comes from the init image again, at the larger size.
     noise: whose random numbers: torch's on a CPU, or those that CUDA devices draw (both computed on the CPU).
     model: a name among the engine's models; None is its first.
     """
