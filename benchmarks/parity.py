@@ -21,8 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.parity_models import FAMILIES, Family, open_reference, write_checkpoint
@@ -106,7 +109,7 @@ def compare_picture(model: Model, reference: Any) -> tuple[str, float, float, st
         image, mask = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8), np.zeros((256, 256), np.uint8)
         mask[64:200, 40:160] = 255
         ours |= {"init_image": image, "mask": mask, "strength": 1.0}
-        theirs |= {"image": _picture(image), "mask_image": _picture(mask), "strength": 1.0}
+        theirs |= {"image": Image.fromarray(image), "mask_image": Image.fromarray(mask), "strength": 1.0}
     (drawn,) = Engine(model).render([Request("a red star", seed=5, steps=4, guidance=5.0, sampler="ddim", **ours)])
     wanted = reference(
         "a red star",
@@ -117,12 +120,6 @@ def compare_picture(model: Model, reference: Any) -> tuple[str, float, float, st
         **theirs,
     ).images[0]
     return "256 x 256, 4 steps", float(np.abs(drawn - wanted * 255).max()), PICTURE_BAR, "levels"
-
-
-def _picture(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(pixels)
 
 
 COMPARISONS: dict[str, Callable[[Model, Any], tuple[str, float, float, str]]] = {
@@ -165,6 +162,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "parity.json")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    for library in (diffusers, transformers):  # their bars would stand between the lines of the table
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     found: list[Line] = []
     for family in FAMILIES:
         if args.family in (None, family.name):
