@@ -59,10 +59,10 @@ def _checked(raws: Iterator[_Raw | Row], common: Mapping[str, str], folder: Path
 
 
 def _spec(raw: _Raw, common: Mapping[str, str], folder: Path) -> JobSpec:
-    fields = dict(raw.fields)
+    fields = from_words(raw.fields) if raw.from_text else dict(raw.fields)
     missing = _fitting({field: value for field, value in common.items() if field not in fields}, fields)
     if raw.from_text:
-        spec = read_spec(from_words({**missing, **fields}), from_text=True)
+        spec = read_spec({**from_words(missing), **fields}, from_text=True)
     else:
         # JSON has types, the common options have not: those are read from their written form first.
         written = read_alone(missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from jobs.options import (
     spec_options,
 )
 from jobs.settings import Settings
-from jobs.spec import read_spec
+from jobs.spec import JobSpec, read_spec
+from jobs.spec_checks import NEEDS
 from jobs.states import State
 from jobs.views import JobView
 
@@ -120,6 +121,15 @@ def bulk(
     _report_bulk(views, bad, batch, json_form=json_form)
     if refused:
         context.exit(2)
+    _tell_unused(defaults, specs)
+
+
+def _tell_unused(common: Iterable[str], specs: Sequence[JobSpec]) -> None:
+    """The options that not one row could use: left out silently, they would seem to have been obeyed."""
+    for field in common:
+        need = NEEDS.get(field)
+        if need is not None and not any(need.met(getattr(spec, need.of)) for spec in specs):
+            click.echo(f"{field}: was used by no row; none has {need.what}", err=True)
 
 
 def _read(file: Path, defaults: dict[str, str]) -> list[Row]:

@@ -111,6 +111,8 @@ def look_at(field: str, data: bytes) -> Picture:
                 size = ImageOps.exif_transpose(image).size
     except InvalidSpec:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):  # before the header is ours to look at
+        raise _refused(field, f"has far more pixels than are allowed: at most {MAX_PIXELS} in all") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and others
         raise _refused(field, f"cannot be decoded ({type(error).__name__}); allowed: {ALLOWED[field]}") from None
     return Picture(InputKey(f"inputs/{hashlib.sha256(data).hexdigest()}.{ending}"), content_type, size, data)

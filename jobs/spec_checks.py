@@ -35,7 +35,7 @@ def _is_ddim(value: object) -> bool:
 def _guided(value: Any) -> bool:
     try:
         return value is not None and float(value) > 1
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -101,9 +101,9 @@ def _defaults(kind: type[JobSpec]) -> Mapping[str, object]:
 
 
 def _too_few_steps(spec: JobSpec) -> Iterator[FieldError]:
-    if spec.init_image is not None and _taken(spec.steps, spec.strength) < 1:
+    if spec.init_image is not None and spec.strength < 1 / spec.steps:
         yield _no_step("strength", spec.strength, spec.steps)
-    if spec.upscale is not None and _taken(upscale_steps(spec), spec.upscale_strength) < 1:
+    if spec.upscale is not None and spec.upscale_strength < 1 / upscale_steps(spec):
         yield _no_step("upscale_strength", spec.upscale_strength, upscale_steps(spec))
 
 
@@ -112,7 +112,7 @@ def _no_step(field: str, strength: float, steps: int) -> FieldError:
 
 
 def _taken(steps: int, strength: float) -> int:
-    return int(steps * strength)
+    return max(1, int(steps * strength))  # as the engine does: 49 * (1 / 49) is just below 1
 
 
 def upscale_steps(spec: JobSpec) -> int:
@@ -141,10 +141,11 @@ def size_complaints(spec: JobSpec, picture: tuple[int, int] | None = None) -> It
             )
         work += larger[0] * larger[1] * _taken(upscale_steps(spec), spec.upscale_strength)
     if work * spec.images > MAX_WORK:
+        remedy = "split it" if spec.images > 1 else "take fewer steps or draw smaller"
         yield FieldError(
             "images",
             f"{spec.images} images of {spec.steps} steps at this size are {work * spec.images} pixel steps; "
-            f"allowed: at most {MAX_WORK} a job; split it",
+            f"allowed: at most {MAX_WORK} a job; {remedy}",
         )
 
 

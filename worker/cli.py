@@ -78,7 +78,7 @@ Examples:
     "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of one step; default: the engine's"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one operation; default: torch's")
-@click.option("--until-empty", is_flag=True, help="leave when no job is queued or running any more")
+@click.option("--until-empty", is_flag=True, help="leave when no job of these models is queued or running any more")
 @_seconds("lease", 30.0, "how long a job stays ours without a sign of life")
 @_seconds("heartbeat", None, "between two signs of life; default: a third of the lease")
 @_seconds("grace", 25.0, "after SIGTERM: finish what fits, give the rest back, leave")

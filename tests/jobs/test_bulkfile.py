@@ -88,6 +88,21 @@ def test_a_common_option_is_for_the_rows_that_can_use_it(tmp_path: Path) -> None
         ]
 
 
+def test_a_common_option_is_not_for_a_row_that_says_none(tmp_path: Path) -> None:
+    common = {"strength": "0.5", "upscale_strength": "0.7", "init_image": "b.png", "upscale": "2"}
+    texts = {
+        "a.csv": "prompt,init_image,upscale\na,none,none\n",
+        "a.jsonl": '{"prompt": "a", "init_image": null, "upscale": null}\n',
+    }
+    for name, text in texts.items():
+        assert [row.spec for row in rows(tmp_path, name, text, **common)] == [JobSpec(prompt="a")]
+
+
+def test_a_number_beyond_all_others_is_a_bad_row_whatever_is_common(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, "a.jsonl", '{"prompt": "a", "guidance": 1' + 400 * "0" + "}\n", guidance_rescale="0.5")
+    assert [error.field for error in row.errors] == ["guidance"]
+
+
 def test_a_mask_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     text = '{"prompt": "a", "init_image": "/b.png", "mask": "m/m.png"}\n'
     (row,) = rows(tmp_path, "a.jsonl", text, mask="other.png", mask_blur="4")

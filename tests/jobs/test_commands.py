@@ -200,6 +200,13 @@ def test_bulk_refuses_options_that_no_row_could_use(tmp_path: Path, options: lis
     assert result.exit_code == 2 and f"Error: {field}:" in result.stderr
 
 
+def test_bulk_tells_of_an_option_that_not_one_row_used(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,sampler\na,\nb,ddim\n")
+    result = run("bulk", str(tmp_path / "a.csv"), "--mask", "m.png", "--eta", "0.5")
+    assert (result.exit_code, result.stdout) == (0, "2 jobs enqueued\n")
+    assert result.stderr == "mask: was used by no row; none has an init_image\n"
+
+
 def test_bulk_with_nothing_good_is_refused_either_way(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,steps\na,0\n")
     assert run("bulk", str(tmp_path / "a.csv"), "--skip-invalid").exit_code == 2

@@ -82,6 +82,13 @@ def test_what_no_worker_could_use_is_refused(storage: DirStorage, tmp_path: Path
     assert list((tmp_path / "storage").iterdir()) == []
 
 
+@pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (11_000, 10_000), (7_000, 7_000)])
+def test_whoever_has_too_many_pixels_is_told_so(storage: DirStorage, width: int, height: int) -> None:
+    """Not that the file cannot be decoded, which Pillow says of the largest: it would be sent again."""
+    with pytest.raises(InvalidSpec, match=r"^mask: has .* pixels.* allowed: at most 32000000 in all$"):
+        store_input(JobSpec(prompt="x", init_image=drawn(), mask=png_that_claims(width, height)), storage)
+
+
 def test_a_size_of_its_own_frees_the_job_from_the_pictures(storage: DirStorage) -> None:
     spec = JobSpec(prompt="x", init_image=drawn(size=(3000, 100)), width=96, height=96)
     assert store_input(spec, storage).input_key is not None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobs.errors import InvalidSpec
-from jobs.fields import ALLOWED, MAX_LARGER_SIDE, MAX_PROMPT, MAX_SEED, PICTURES, InputKey
+from jobs.fields import ALLOWED, MAX_LARGER_SIDE, MAX_PROMPT, MAX_SEED, MAX_STEPS, PICTURES, InputKey
 from jobs.spec import JobSpec, describe_errors, read_spec
 from jobs.spec_checks import NEEDS, first_side, larger_side
 from sd_engine import InvalidRequest, Request
@@ -145,6 +145,20 @@ def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], f
     with pytest.raises(InvalidSpec, match=r"allowed|give both") as caught:
         read_spec({"prompt": "x", **fields})
     assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_too_much_work_is_split_only_where_there_are_images_to_split() -> None:
+    large = {"prompt": "x", "steps": 1000, "width": 2048, "height": 2048, "upscale": 2.0, "upscale_strength": 1.0}
+    for images, remedy in ((1, "take fewer steps or draw smaller"), (2, "split it")):
+        with pytest.raises(InvalidSpec, match=f"a job; {remedy}$"):
+            read_spec({**large, "images": images})
+
+
+def test_one_of_so_many_steps_is_enough() -> None:
+    """As the refusal promises; 49 * (1 / 49) is just below 1."""
+    for steps in range(1, MAX_STEPS + 1):
+        read_spec({"prompt": "x", "init_image": KEY, "steps": steps, "strength": 1 / steps})
+        read_spec({"prompt": "x", "upscale": 2.0, "upscale_steps": steps, "upscale_strength": 1 / steps})
 
 
 def test_every_bad_field_is_told_at_once() -> None:
