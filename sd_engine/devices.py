@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -50,3 +51,18 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidDevice("dtype", name, "auto, " + ", ".join(DTYPES))
     return dtype
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for the operations within.
+
+    Several share an operation out by its length alone, and the last numbers of each share are rounded by other
+    instructions than the rest: which numbers of a row these are depends on the row's place among the others.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -30,8 +30,9 @@ class Engine:
 
     models: one model, or several by name (a request without a name takes the first).
     max_units: the limit of one pack, in U-Net rows x latent cells.
-    deterministic: pad every pack to the same number of U-Net rows, and decode one picture at a time, so that on a CPU
-    the bits of a picture do not depend on its neighbours. It costs the U-Net rows that nobody uses.
+    deterministic: pad every pack to the same number of U-Net rows, step it with one CPU thread, and decode one picture
+    at a time, so that on a CPU the bits of a picture do not depend on its neighbours. It costs the U-Net rows that
+    nobody uses and the threads that do not help.
     cache_bytes: how much of each model's encoded prompts is kept on its device for those who come with the same.
     """
 

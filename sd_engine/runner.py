@@ -7,6 +7,7 @@ of a step (the slots and D), C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sd_engine.devices import one_thread
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
@@ -65,7 +67,9 @@ class Runner:
 
         too_large is told of a pack that memory did not suffice for; its halves are stepped instead.
         """
-        halving(self._denoise, rows, too_large)
+        padded = rows and self.bucket(rows[0].lane)  # for the sake of bits, which threads would change
+        with one_thread() if padded else nullcontext():
+            halving(self._denoise, rows, too_large)
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> list[Finished]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from sd_engine import Engine, Model, Request, load_model, noise, runner
 from sd_engine.config import UNetConfig
-from sd_engine.context import Context, join
+from sd_engine.context import Context, PackContext, join
+from sd_engine.engine import DETERMINISTIC_UNET_ROWS
 from sd_engine.noise import NoiseSource
 from sd_engine.unet import UNet
 from tests.engine.test_packing import ONE_LEVEL, POOL, VISITS, Pixels, Visit, ticks
@@ -90,6 +92,41 @@ def test_a_smaller_limit_is_a_smaller_bucket_of_the_same_promise(model: Model) -
     together = Engine(model, deterministic=True, max_units=4 * 64).render(POOL[:4])
     for picture, request in zip(together, POOL[:4], strict=True):
         assert np.array_equal(picture, Engine(model, deterministic=True, max_units=4 * 64).render([request])[0])
+
+
+@pytest.fixture
+def six_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("six_threads")
+def test_deterministic_pixels_do_not_depend_on_how_threads_share_the_work_out(tiny_folder: Path) -> None:
+    """Six cut a pack of eight U-Net rows in the midst of a row: without care two of these pictures differ."""
+    model = load_model(tiny_folder)
+    requests = [replace(POOL[i % 4], seed=i, steps=6, sampler="euler") for i in range(6)]
+    together = Engine(model, deterministic=True).render(requests)
+    for picture, request in zip(together, requests, strict=True):
+        assert np.array_equal(picture, Engine(model, deterministic=True).render([request])[0])
+    assert torch.get_num_threads() == 6, "they are given back"
+
+
+def test_deterministic_packs_are_shared_and_padded_and_their_rows_attend_apart(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[int]] = []
+    forward = model.unet.forward
+
+    def recorded(x: Tensor, t: Tensor, context: PackContext) -> Tensor:
+        assert len(x) == len(t)
+        calls.append([len(run) for run in context.runs])
+        return forward(x, t, context)
+
+    monkeypatch.setattr(model.unet, "forward", recorded)
+    Engine(model, deterministic=True).render(POOL[:2])
+    assert calls == [[1] * DETERMINISTIC_UNET_ROWS] * max(request.steps for request in POOL[:2])
 
 
 @torch.inference_mode()
