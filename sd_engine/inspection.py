@@ -143,16 +143,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _no_model(path: Path, problem: str) -> Inspection:
     """What can be said about a path that is no whole model."""
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        return Inspection(path, "folder" if path.is_dir() else "nothing", "unknown", problems=(problem,))
+        layout = "folder" if path.is_dir() else "file" if path.exists() else "nothing"
+        return Inspection(path, layout, "unknown", problems=(problem,))
     with ExitStack() as stack:
         try:
             file = stack.enter_context(opened(path))
-        except (WeightsError, OSError):
+            ema = any(key.startswith(EMA_PREFIX) for key in file.keys)
+            return Inspection(path, "file", _kind(file), _parts(file), ema, problems=(problem,))
+        except (WeightsError, OSError):  # it cannot be opened, or has numbers of a kind that nobody here knows
             return Inspection(path, "file", "unknown", problems=(problem,))
-        return Inspection(
-            path, "file", _kind(file), _parts(file), any(key.startswith(EMA_PREFIX) for key in file.keys),
-            problems=(problem,),
-        )  # fmt: skip
 
 
 def _kind(file: TensorFile) -> str:

@@ -8,6 +8,7 @@ asked for; those from before torch 1.6 are read as a whole.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from sd_engine.errors import WeightsError
-from sd_engine.tensorfile import TensorFile
+from sd_engine.tensorfile import TensorFile, listed
 
 SUFFIXES: Final = (".ckpt", ".pt", ".pth", ".bin")
 PICKLE_LIMIT: Final = 64 * 2**20  # the pickle alone, without its tensors; a real one has under a megabyte
+_NESTED: Final = 8  # `state_dict` in `state_dict`; real files have one or two, a crafted one holds itself
 
 
 class Inert:
@@ -76,17 +78,27 @@ class PickleFile(TensorFile):
 @contextmanager
 def opened_pickle(path: Path) -> Iterator[TensorFile]:
     """Open a pickled checkpoint. Raises WeightsError for one with code in it, torn, or something else."""
-    mapped = _is_zip(path)
-    if mapped:
-        _check_zip(path)
-    content = _unpickled(path, mapped)
+    content = unpickled(path)
     hints: dict[str, object] = {}
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        hints |= _beside(content)
-        content = content["state_dict"]
+    for _ in range(_NESTED):
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            hints |= _beside(content)
+            content = content["state_dict"]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not tensors by name; it is no model")
-    yield PickleFile(path, {str(key): value for key, value in content.items()}, hints | _beside(content), mapped)
+    odd = [str(key) for key, value in content.items() if isinstance(value, Tensor) and not is_plain(value)]
+    if odd:
+        raise WeightsError(
+            f"{path} keeps its numbers in a form that no model is computed in (sparse, quantized or left out): "
+            f"{listed('tensors', odd)}; take its .safetensors file instead"
+        )
+    yield PickleFile(path, {str(key): value for key, value in content.items()}, hints | _beside(content), _is_zip(path))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are all there, one after the other."""
+    strided = tensor.layout is torch.strided and not tensor.is_nested
+    return strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def _beside(content: Mapping[Any, Any]) -> dict[str, object]:
@@ -115,9 +127,17 @@ def _check_zip(path: Path) -> None:
         raise WeightsError(f"{path} {what}, as no checkpoint of torch does; take it from another source")
 
 
-def _unpickled(path: Path, mapped: bool) -> Any:
+def unpickled(path: Path, *allowed: type) -> Any:
+    """What a pickle holds, its tensors mapped if it is a zip; `allowed`: classes beside tensors and plain containers.
+
+    Raises WeightsError for one with code in it, torn, or something else.
+    """
+    mapped = _is_zip(path)
+    if mapped:
+        _check_zip(path)
     try:
-        with safe_globals([(Inert, name) for name in _INERT]):
+        with safe_globals([*allowed, *((Inert, name) for name in _INERT)]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual protocol: it is read, or refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a torn or crafted pickle makes the unpickler stumble anywhere
         raise WeightsError(_refusal(path, str(error))) from error
@@ -128,10 +148,11 @@ def _refusal(path: Path, said: str) -> str:
     if asked:
         return (
             f"{path} is refused: beside tensors its pickle asks for {asked[1]}, and a pickle can run any program; "
-            "take the .safetensors file of this model instead"
+            "take its .safetensors file instead"
         )
-    reason = said.splitlines()[0][:160] if said else "it ends early"
+    lines = [line.strip() for line in said.rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
+    reason = lines[0][:160] if lines else "it ends early"
     return (
         f"{path} is not a whole checkpoint, or holds more than tensors (torch: {reason}); download it again, or take "
-        "the .safetensors file of this model"
+        "its .safetensors file"
     )

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
 from sd_engine.errors import WeightsError
 from sd_engine.layouts import opened
+from sd_engine.picklefile import is_plain, unpickled
 
 _PICKLES: Final = (".pt", ".bin")
 _SAFETENSORS: Final = ".safetensors"
@@ -47,17 +47,8 @@ def _read(path: Path) -> Iterator[tuple[str, object]]:
         with opened(path) as file:
             yield _word(path, {key: file.tensor(key) for key in file.keys})
     elif path.suffix.lower() in _PICKLES:
-        yield _word(path, _unpickled(path))
-
-
-def _unpickled(path: Path) -> object:
-    try:
         # The first trainers wrote the module that held the vectors; reading one back runs no code of the file.
-        with torch.serialization.safe_globals([nn.ParameterDict]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn pickle fails as whatever its reader stumbles over: half a dozen kinds
-        reason = "it holds more than tensors, or is torn"
-        raise WeightsError(f"{path} is not read: {reason}; get the embedding as .safetensors") from error
+        yield _word(path, unpickled(path, nn.ParameterDict))
 
 
 def _word(path: Path, content: object) -> tuple[str, object]:
@@ -84,7 +75,8 @@ def _entries(content: object) -> dict[object, object]:
 
 def _checked(path: Path, vectors: object, width: int) -> Tensor:
     """float32 [n, width], whether one vector was written with or without n."""
-    if not isinstance(vectors, Tensor) or not vectors.is_floating_point() or vectors.ndim not in (1, 2):
+    plain = isinstance(vectors, Tensor) and is_plain(vectors) and vectors.is_floating_point()
+    if not isinstance(vectors, Tensor) or not plain or vectors.ndim not in (1, 2):
         raise WeightsError(f"{path} holds no vectors of numbers; download the embedding again")
     found = vectors.shape[-1]
     if found != width or not vectors.numel():

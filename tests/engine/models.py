@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sd_engine.errors import WeightsError
 from sd_engine.model import Configs, Model
+from sd_engine.weights import load_model
 from tests.engine import ldm_names
 
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
@@ -51,3 +55,12 @@ def original_tensors(folder: Path, *, openclip: bool = False) -> dict[str, Tenso
 def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each with memory of its own, as files want them."""
     return {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+
+
+def refusal(path: Path, **choice: Any) -> str:
+    """Why a model is not loaded, held to be one sentence that names the file."""
+    with pytest.raises(WeightsError) as caught:
+        load_model(path, **choice)
+    message = str(caught.value)
+    assert "\n" not in message and path.name in message, message
+    return message

@@ -188,5 +188,25 @@ def test_every_number_is_read_and_each_damaged_part_is_one_problem(folder: Path)
     assert "not finite (NaN or infinity): 2 tensors: conv_in.weight, conv_out.bias; download it again" in problem
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_numbers_of_eight_bits_are_read_too(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / f"{UNET}.safetensors"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    assert verify(folder) == []
+    tensors["conv_in.weight"] = torch.full_like(tensors["conv_in.weight"], torch.nan)
+    save_file(tensors, file)
+    (problem,) = verify(folder)
+    assert "1 tensors: conv_in.weight" in problem
+
+
+def test_a_file_of_numbers_that_nobody_knows_is_a_problem_not_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "thing.safetensors"
+    save_file({"a": torch.zeros(3, dtype=torch.uint16)}, path)
+    found = inspect(path)
+    assert (found.layout, found.kind, found.parts) == ("file", "unknown", ())
+    assert "is no Stable Diffusion checkpoint" in found.problems[0]
+
+
 def test_the_shipped_model_is_sound() -> None:
     assert verify(shipped_model()) == []

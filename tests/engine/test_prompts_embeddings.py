@@ -70,7 +70,7 @@ class Canary:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "ran"
     torch.save({**webui(ONE), "extra": Canary(canary)}, tmp_path / "evil.pt")
-    with pytest.raises(WeightsError, match=r"evil\.pt is not read: it holds more than tensors"):
+    with pytest.raises(WeightsError, match=r"evil\.pt is refused: beside tensors its pickle asks for"):
         load_embeddings(tmp_path, WIDTH)
     assert not canary.exists()
 
@@ -83,6 +83,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
         (webui(torch.zeros(1, 2, WIDTH)), "holds no vectors of numbers"),
         (webui(torch.zeros(2, WIDTH, dtype=torch.int64)), "holds no vectors of numbers"),
         (webui("a string"), "holds no vectors of numbers"),
+        (webui(ONE.to("meta")), "holds no vectors of numbers"),
         (webui(torch.full((1, WIDTH), float("nan"))), "numbers that are not finite"),
         ({"clip_g": torch.zeros(1, 1280), "clip_l": torch.zeros(1, 768)}, r"but 2 entries (clip_g, clip_l)"),
         ({"string_to_param": {}}, "holds no embedding"),
