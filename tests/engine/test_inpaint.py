@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import numpy as np
@@ -16,6 +16,8 @@ from PIL import Image
 from sd_engine import Engine, Model, Request, load_model
 from sd_engine.noise import noise_source
 from sd_engine.passes import first_row
+from sd_engine.pictures import fit, fit_mask
+from sd_engine.request import Resize
 from sd_engine.start import Start, start
 from tests.tiny_model import make_tiny_model
 
@@ -157,6 +159,29 @@ def test_a_picture_of_another_size_and_a_grey_mask_are_the_references_too(
     assert difference(ours, pairs[channels].theirs("euler_a", init, mask, guidance_scale=1.0)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("resize", get_args(Resize))
+def test_picture_and_mask_come_to_the_size_in_the_way_that_the_request_says(
+    pairs: dict[int, Pair], resize: Resize, channels: int
+) -> None:
+    init = np.random.default_rng(2).integers(0, 256, (91, 75, 3), dtype=np.uint8)
+    mask = np.zeros((91, 75), np.uint8)
+    mask[:30, :20] = 255
+    asked = begins(pairs[channels].model, request(init_image=init, mask=mask, resize=resize))
+    fitted = fit(init, SIDE, SIDE, resize), fit_mask(mask, SIDE, SIDE, resize)
+    wanted = begins(pairs[channels].model, request(init_image=fitted[0], mask=fitted[1]))
+    assert torch.equal(asked.latent_CHW, wanted.latent_CHW)
+    for ours, theirs in zip(_kept(asked), _kept(wanted), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _kept(start: Start) -> list[torch.Tensor]:
+    if start.inpaint is not None:
+        return [start.inpaint.mask_1HW, start.inpaint.latent_CHW]
+    assert start.condition is not None
+    return [start.condition]
+
+
 def test_without_a_mask_a_nine_channel_model_draws_all_anew(pairs: dict[int, Pair]) -> None:
     text_only = pairs[9].ours("euler_a")
     over_a_picture = pairs[9].ours("euler_a", init_image=INIT, strength=0.5)
@@ -192,6 +217,8 @@ def test_a_blurred_mask_blends_softly_with_an_ordinary_unet(pairs: dict[int, Pai
     assert hard is not None and soft is not None
     assert set(hard.mask_1HW.unique().tolist()) == {0.0, 1.0}
     assert ((soft.mask_1HW > 0.05) & (soft.mask_1HW < 0.95)).sum() > 5
+    cells = fit_mask(MASK, SIDE, SIDE, blur=6.0).reshape(SIDE // 8, 8, SIDE // 8, 8).mean((1, 3)) / 255
+    assert np.allclose(soft.mask_1HW[0].numpy(), cells, atol=1e-6)  # means of 64 values in float32
     # A Gaussian moves weight about, but makes none: the mean stays but for what leaves over the picture's edges.
     assert abs(float(soft.mask_1HW.mean()) - MASK.mean() / 255) < 0.03
 

@@ -148,8 +148,20 @@ def test_a_palette_with_a_transparent_colour_keeps_it() -> None:
     read = read_picture(file(picture, transparency=int(np.asarray(picture)[0, 0])))
     assert read.shape == (24, 32, 4)
     assert (read[0, 0, 3], read[-1, -1, 3]) == (0, 255)
-    mask = read_mask(file(picture, transparency=int(np.asarray(picture)[-1, -1])))
-    assert mask[0, 0] > 150 and mask[-1, -1] == 0
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
+def test_what_is_transparent_of_a_mask_is_kept_however_bright_it_is(mode: str) -> None:
+    bright = Image.fromarray(TOP_HALF + 55)  # 255 above, 55 below
+    if mode == "P":
+        picture = bright.convert("P")
+        data = file(picture, transparency=int(np.asarray(picture)[0, 0]))
+    else:
+        picture = bright.convert(mode)
+        picture.putalpha(Image.fromarray(np.where(TOP_HALF, 0, 255).astype(np.uint8)))
+        data = file(picture)
+    mask = read_mask(data)
+    assert not mask[:12].any() and (np.abs(mask[12:].astype(int) - 55) <= 8).all()  # a palette has few greys
 
 
 def test_a_picture_is_read_from_a_path_too(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sd_engine import Cancelled, Engine, Finished, InvalidRequest, Model, NonFinite, Request, load_model
 from sd_engine.passes import first_row, second_row
+from sd_engine.pictures import fit_mask
 from sd_engine.row import Lane, Row
 from sd_engine.runner import Runner
 from tests.tiny_model import make_tiny_model
@@ -161,6 +162,19 @@ def test_the_mask_stays_in_force_at_the_larger_size(model: Model) -> None:
     changed = (last.latent != last.inpaint.latent_CHW).any(0)
     assert changed.shape == (LARGER // 8, LARGER // 8)
     assert not changed[:, :6].any() and changed[:, 6:].all()
+
+
+def test_the_blur_of_a_mask_grows_with_the_picture(model: Model) -> None:
+    runner = Engine(model).runner
+    first = first_row(1, request(init_image=INIT, mask=MASK, mask_blur=4.0), model.name, model)
+    _draw(runner, first)
+    last = second_row(first)
+    assert last is not None
+    runner.prepare([last])
+    assert last.inpaint is not None
+    blurred = fit_mask(MASK, LARGER, LARGER, blur=4.0 * LARGER / SIDE)
+    cells = blurred.reshape(LARGER // 8, 8, LARGER // 8, 8).mean((1, 3)) / 255
+    assert np.allclose(last.inpaint.mask_1HW[0].numpy(), cells, atol=1e-6)  # means of 64 values in float32
 
 
 @pytest.mark.parametrize("strength", [0.75, 1.0])
