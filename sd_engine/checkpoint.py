@@ -108,12 +108,21 @@ def _folder_part(folder: Path, component: Component, variant: str | None, stack:
 
 
 def _read_configs(folder: Path, choice: Choice) -> Configs:
-    return Configs(
-        text=read_config(folder / "text_encoder" / "config.json", ClipConfig.from_dict),
-        unet=read_config(folder / "unet" / "config.json", UNetConfig.from_dict),
-        vae=_vae_config(choice.vae) or read_config(folder / "vae" / "config.json", VaeConfig.from_dict),
-        schedule=read_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule.from_config),
-    )
+    text = read_config(folder / "text_encoder" / "config.json", ClipConfig.from_dict)
+    unet = read_config(folder / "unet" / "config.json", UNetConfig.from_dict)
+    vae = _vae_config(choice.vae) or read_config(folder / "vae" / "config.json", VaeConfig.from_dict)
+    schedule = read_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule.from_config)
+    with _about(folder):
+        return Configs(text, unet, vae, schedule)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Parts that do not belong together are told with the place that they were found in."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}; take the parts of one model") from error
 
 
 def read_config(path: Path, parse: Callable[[Mapping[str, Any]], Config]) -> Config:
@@ -245,7 +254,9 @@ def _with_vae(checkpoint: Checkpoint, choice: Choice, stack: ExitStack) -> Check
         return checkpoint
     if not path.exists():
         raise WeightsError(f"there is no VAE at {path} (vae=); give a folder or a file ({', '.join(SUFFIXES)})")
-    configs = replace(checkpoint.configs, vae=_vae_config(path) or checkpoint.configs.vae)
+    vae = _vae_config(path) or checkpoint.configs.vae
+    with _about(path):
+        configs = replace(checkpoint.configs, vae=vae)
     if path.is_dir():
         part = _folder_part(_vae_folder(path), "vae", choice.variant, stack)
     else:

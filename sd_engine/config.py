@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
+from typing import Any, Final
 
 from sd_engine.errors import WeightsError
+
+_WIDEST: Final = 2**20  # of anything that is counted in a model: far above any, far below what fills a memory
+_LISTS: Final = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # one number for each level
+_DEEPEST: Final = 200  # layers one after the other: building more takes minutes before a file is looked at
 
 
 def _refuse(config: Mapping[str, Any], **supported: object) -> None:
@@ -15,10 +20,31 @@ def _refuse(config: Mapping[str, Any], **supported: object) -> None:
     A key that the file leaves out has the reference's default, which is always the supported value.
     """
     for key, wanted in supported.items():
-        value = config.get(key, wanted)
         allowed = wanted if isinstance(wanted, tuple) else (wanted,)
-        if value not in allowed:
-            raise WeightsError(f"model configuration {key}={value!r} is not supported (supported: {wanted!r})")
+        if key in config and config[key] not in allowed:
+            raise WeightsError(f"model configuration {key}={config[key]!r} is not supported (supported: {wanted!r})")
+
+
+def _check_whole(config: Mapping[str, Any], *keys: str, most: int = _WIDEST) -> None:
+    """Raise for a setting that is there and no whole number from 1 to `most`; a few may be lists of them."""
+    for key in keys:
+        value = config.get(key, 1)
+        numbers = value if key in _LISTS and isinstance(value, list | tuple) and value else [value]
+        if not all(type(number) is int and 1 <= number <= most for number in numbers):
+            raise WeightsError(f"model configuration {key}={value!r} is not allowed: whole numbers from 1 to {most}")
+
+
+def _check_number(config: Mapping[str, Any], key: str) -> None:
+    """Raise for a setting that is there and no number above 0."""
+    value = config.get(key, 1)
+    if not isinstance(value, int | float) or not (isfinite(value) and value > 0):
+        raise WeightsError(f"model configuration {key}={value!r} is not allowed: a number above 0")
+
+
+def _check_parts(width: int, parts: int, what: str) -> None:
+    """Raise for a layer whose channels cannot be cut into so many equal parts."""
+    if width % parts:
+        raise WeightsError(f"model configuration: a layer of {width} channels cannot have {parts} equal {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +64,11 @@ class ClipConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> ClipConfig:
         """Read `text_encoder/config.json`. Raises WeightsError for an activation that is not known."""
         _refuse(config, hidden_act=("quick_gelu", "gelu"))
+        _check_whole(config, "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+        _check_whole(config, "num_attention_heads")
+        _check_whole(config, "num_hidden_layers", most=_DEEPEST)
+        _check_number(config, "layer_norm_eps")
+        _check_parts(config["hidden_size"], config["num_attention_heads"], "heads")
         return cls(
             vocab_size=config["vocab_size"],
             width=config["hidden_size"],
@@ -71,6 +102,11 @@ class VaeConfig:
         """Read `vae/config.json`. Raises WeightsError for a feature that is not built."""
         _refuse(config, act_fn=("silu", "swish"), mid_block_add_attention=True, use_quant_conv=True, shift_factor=None)
         _refuse(config, use_post_quant_conv=True, latents_mean=None)
+        _check_whole(config, "in_channels", "latent_channels", "block_out_channels", "norm_num_groups")
+        _check_whole(config, "layers_per_block", most=_DEEPEST)
+        _check_number(config, "scaling_factor")
+        for width in config["block_out_channels"]:
+            _check_parts(width, config.get("norm_num_groups", 32), "groups")
         return cls(
             image_channels=config.get("in_channels", 3),
             latent_channels=config.get("latent_channels", 4),
@@ -104,19 +140,36 @@ class UNetConfig:
         _refuse(config, only_cross_attention=False, dual_cross_attention=False, downsample_padding=1)
         _refuse(config, mid_block_type="UNetMidBlock2DCrossAttn", transformer_layers_per_block=1)
         _refuse(config, resnet_time_scale_shift="default", mid_block_scale_factor=1, encoder_hid_dim=None)
+        _refuse(
+            config, resnet_out_scale_factor=1, resnet_skip_time_act=False, mid_block_only_cross_attention=(None, False)
+        )
+        _refuse(config, time_embedding_act_fn=None, timestep_post_act=None)
+        _check_whole(config, "in_channels", "out_channels", "block_out_channels", "cross_attention_dim")
+        _check_whole(config, "norm_num_groups", "sample_size")
+        _check_whole(config, "layers_per_block", most=_DEEPEST)
         channels = tuple(config["block_out_channels"])
         attention = tuple(_has_attention(name) for name in config["down_block_types"])
         upward = tuple(_has_attention(name) for name in config["up_block_types"])
         if upward[::-1] != attention:
             raise WeightsError(f"up_block_types={config['up_block_types']!r} do not mirror down_block_types")
         # The reference's file calls the number of heads `attention_head_dim` (a name kept for old files).
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        named = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+        _check_whole(config, named)
+        heads = config.get(named, 8)
+        heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(channels)
+        if not len(channels) == len(attention) == len(heads):
+            raise WeightsError(
+                f"block_out_channels={channels}, down_block_types and {named} do not have the same length"
+            )
+        for width, parts in zip(channels, heads, strict=True):
+            _check_parts(width, parts, "heads")
+            _check_parts(width, config.get("norm_num_groups", 32), "groups")
         return cls(
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
             channels=channels,
             attention=attention,
-            heads=tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(channels),
+            heads=heads,
             blocks_per_level=config.get("layers_per_block", 2),
             context_width=config["cross_attention_dim"],
             norm_groups=config.get("norm_num_groups", 32),

@@ -32,6 +32,10 @@ KARRAS_RHO: Final = 7.0
 # SNR): the reference's number, the smallest positive half. Its sigma is 4096.
 LEAST_ALPHA: Final = 2.0**-24
 
+# What a schedule may be made of, far beyond every real one: 1000 timesteps, betas from 1e-4 to 0.02.
+_MOST_TRAIN_STEPS: Final = 100_000
+_LEAST_BETA: Final = 1e-8
+
 # Settings of a `scheduler_config.json` that change what the network is told or means, with the values that are built
 # here. A file that leaves one out means the first value. What only chooses a sampler or its order (algorithm_type,
 # solver_order, use_karras_sigmas, final_sigmas_type, ...) is not read: a request's sampler says it by name.
@@ -87,13 +91,13 @@ class NoiseSchedule:
                 raise WeightsError(f"scheduler_config.json: {key}={settings[key]!r} is not supported; one of {allowed}")
         to_one = config.get("set_alpha_to_one")
         return cls(
-            train_steps=int(config.get("num_train_timesteps", 1000)),
-            beta_start=float(config.get("beta_start", 0.0001)),
-            beta_end=float(config.get("beta_end", 0.02)),
+            train_steps=int(_within(config, "num_train_timesteps", 1000, 2, _MOST_TRAIN_STEPS)),
+            beta_start=_within(config, "beta_start", 0.0001, _LEAST_BETA, 1 - _LEAST_BETA),
+            beta_end=_within(config, "beta_end", 0.02, _LEAST_BETA, 1 - _LEAST_BETA),
             beta_schedule=settings["beta_schedule"],
             prediction=settings["prediction_type"],
             spacing=settings["timestep_spacing"],
-            steps_offset=int(config.get("steps_offset", 0)),
+            steps_offset=int(_within(config, "steps_offset", 0, 0, _MOST_TRAIN_STEPS)),
             set_alpha_to_one=None if to_one is None else bool(to_one),
             trained_betas=_given_betas(config),
             zero_snr=settings["rescale_betas_zero_snr"],
@@ -160,6 +164,13 @@ def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
 def exponential_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Floats:
     """Falling sigmas, evenly spaced in log sigma. float64 [steps]."""
     return np.asarray(np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)), dtype=np.float64)
+
+
+def _within(config: Mapping[str, Any], key: str, default: float, least: float, most: float) -> float:
+    value = float(config.get(key, default))
+    if not least <= value <= most:  # nor where it is NaN
+        raise WeightsError(f"scheduler_config.json: {key}={value:g} is not supported; from {least:g} to {most:g}")
+    return value
 
 
 def _given_betas(config: Mapping[str, Any]) -> tuple[float, ...] | None:
