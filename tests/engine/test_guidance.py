@@ -76,11 +76,12 @@ def test_rescaling_is_the_papers_for_those_who_ask_and_touches_no_bit_of_the_oth
         assert torch.allclose(joined[i : i + 1], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_prediction_without_any_deviation_makes_no_neighbour_nan() -> None:
-    rows = [row(7.5, 0.5), row(7.5)]
-    prediction = torch.zeros(4, 4, 8, 8)
-    prediction[2:] = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert bool(Spread.of(rows, torch.device("cpu")).join(prediction)[1].isfinite().all())
+def test_a_prediction_without_any_deviation_is_nan_for_who_asks_to_rescale_it_and_nobody_else() -> None:
+    rows = [row(7.5), row(7.5, 0.5), row(7.5, 0.5)]
+    prediction = torch.zeros(6, 4, 8, 8)
+    prediction[2:4] = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    finite = Spread.of(rows, torch.device("cpu")).join(prediction).isfinite().all(dim=(1, 2, 3))
+    assert finite.tolist() == [True, True, False]
 
 
 def test_padding_repeats_the_last_row_and_is_read_by_nobody() -> None:

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd_engine import SAMPLERS, Cancelled, Engine, Finished, InvalidRequest, Model, Request, load_model
+from sd_engine.context import PackContext
+from sd_engine.samplers import Col, step_table
 from tests.tiny_model import make_tiny_model
 
 Pixels = npt.NDArray[np.uint8]
@@ -151,6 +153,27 @@ def test_different_requests_of_one_lane_share_one_unet_call(model: Model, monkey
     engine.step()
     # Guided rows take two U-Net rows, the unguided ones (guidance None and 1.0) take one.
     assert calls == [2 + 1 + 2 + 1 + 2]
+
+
+def test_the_unet_is_told_each_rows_own_timesteps_and_their_fractions(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture hardly shows a fraction, so pictures beside the reference's would not miss one."""
+    samplers = ("euler_karras", "dpm2_a_exponential")
+    told: list[list[float]] = []
+    forward = model.unet.forward
+
+    def recorded(x: torch.Tensor, t: torch.Tensor, context: PackContext) -> torch.Tensor:
+        told.append(t.tolist())
+        return forward(x, t, context)
+
+    monkeypatch.setattr(model.unet, "forward", recorded)
+    Engine(model).render(
+        [Request("cat", steps=3, guidance=None, sampler=sampler, width=64, height=64) for sampler in samplers]
+    )
+    euler, dpm2 = (step_table(sampler, model.schedule, 3).lines[:, Col.t].astype(np.float32) for sampler in samplers)
+    assert told == [[euler[0], dpm2[0]], [euler[1], dpm2[1]], [euler[2], dpm2[2]], [dpm2[3]], [dpm2[4]]]
+    assert any(euler % 1) and any(dpm2 % 1)
 
 
 def test_neighbours_never_change_an_images_noise(model: Model) -> None:

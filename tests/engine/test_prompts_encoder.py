@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sd_engine import Engine, InvalidRequest, Model, Request, load_model
-from sd_engine.context import Context
+from sd_engine.context import Context, PackContext
 from sd_engine.prompts import PromptEncoder, join, tokens
 from sd_engine.prompts.cache import ContextCache
 from sd_engine.prompts.chunks import Chunker
@@ -108,6 +108,12 @@ def test_emphasis_that_changes_no_weight_changes_no_bit(model: Model, pipeline: 
     assert torch.equal(encoded(model, "a (red:1.0) cat"), encoded(model, "a red cat"))
     theirs, _ = pipeline.encode_prompt("a (red) cat [at]", "cpu", 1, False)
     assert difference(encoded(model, r"a \(red\) cat \[at\]"), theirs[0]) < TOLERANCE
+
+
+def test_emphasis_is_reckoned_in_float32_whatever_the_dtype() -> None:
+    plain = torch.randn((77, 32), generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights = [1.0, 1.3, 1 / 1.1, *[1.0] * 74]
+    assert torch.equal(emphasized(plain, weights), emphasized(plain.float(), weights).bfloat16())
 
 
 def test_weights_whose_mean_vanishes_are_still_numbers() -> None:
@@ -233,16 +239,17 @@ def test_prompts_of_different_lengths_share_a_unet_call_and_each_picture_is_the_
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [Engine(model).render([request])[0] for request in POOL]
-    calls = list[int]()
+    calls: list[list[int]] = []
     forward = model.unet.forward
 
-    def counted(x: Tensor, t: Tensor, context: Any) -> Tensor:
-        calls.append(len(x))
+    def counted(x: Tensor, t: Tensor, context: PackContext) -> Tensor:
+        calls.append([len(run) for run in context.runs])
         return forward(x, t, context)
 
     monkeypatch.setattr(model.unet, "forward", counted)
     together = Engine(model).render(POOL)
-    assert calls[:2] == [9, 9]
+    # Of one chunk, of two and of three: each length attends in one call.
+    assert calls[:2] == [[5, 2, 2], [5, 2, 2]]
     for a, b in zip(alone, together, strict=True):
         # Matrix kernels add in another order for another batch; a value between two levels may round the other way.
         assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
