@@ -13,6 +13,7 @@ from sd_engine.errors import WeightsError
 
 _FILES = ("vocab.json", "merges.txt")
 _COMMA = ",</w>"
+_LEAST_TOKENS = 3  # a word between start and end
 
 
 class Tokenizer:
@@ -46,8 +47,14 @@ class Tokenizer:
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot read
-            raise WeightsError(f"tokenizer folder {folder} cannot be read: {error}") from error
-        return cls(tokenizer, min(max_tokens, tokenizer.model_max_length))
+            raise WeightsError(f"tokenizer folder {folder} cannot be read: {' '.join(str(error).split())}") from error
+        limit: object = tokenizer.model_max_length
+        if not isinstance(limit, int | float) or not limit >= _LEAST_TOKENS:
+            raise WeightsError(
+                f"tokenizer folder {folder}: model_max_length={limit!r} is not allowed: a number from {_LEAST_TOKENS} "
+                "on; copy tokenizer_config.json from the model's source"
+            )
+        return cls(tokenizer, int(min(max_tokens, limit)))
 
     @property
     def vocab_size(self) -> int:

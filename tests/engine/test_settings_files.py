@@ -31,7 +31,7 @@ NUMBERS = {
     ),
     NOISE: ("num_train_timesteps", "beta_start", "beta_end", "steps_offset"),
 }  # fmt: skip
-NO_NUMBERS = (None, "x", -1, float("nan"), [], {}, [-1, -2], ["x"], 10**12)
+NO_NUMBERS: tuple[Any, ...] = (None, "x", -1, float("nan"), [], {}, [-1, -2], ["x"], 10**12)
 
 
 @pytest.fixture

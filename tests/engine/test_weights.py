@@ -281,6 +281,13 @@ def test_a_tokenizer_with_more_words_than_the_text_encoder_is_refused(folder: Pa
         load_model(folder)
 
 
+@pytest.mark.parametrize("limit", [0, -5, "x", [77]])
+def test_a_tokenizer_that_takes_no_word_is_refused(folder: Path, limit: object) -> None:
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    with pytest.raises(WeightsError, match="model_max_length="):
+        load_model(folder)
+
+
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(WeightsError, match="texts of width 768, the text encoder gives 32"):
         Configs(text=ClipConfig(width=32))
