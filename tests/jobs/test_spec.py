@@ -155,7 +155,6 @@ def test_too_much_work_is_split_only_where_there_are_images_to_split() -> None:
 
 
 def test_one_of_so_many_steps_is_enough() -> None:
-    """As the refusal promises; 49 * (1 / 49) is just below 1."""
     for steps in range(1, MAX_STEPS + 1):
         read_spec({"prompt": "x", "init_image": KEY, "steps": steps, "strength": 1 / steps})
         read_spec({"prompt": "x", "upscale": 2.0, "upscale_steps": steps, "upscale_strength": 1 / steps})

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from jobs import inputs
 from jobs.inputs import Inputs
 from jobs.spec import JobSpec
 from jobs.storage import DirStorage, Storage
+from sd_engine import pictures
 from tests.jobs.specs import specs
 from worker.reasons import Unusable
 from worker.translate import to_requests
@@ -85,6 +87,10 @@ def test_what_submit_takes_for_a_mask_the_worker_can_use(tmp_path: Path, mode: s
     spec = Inputs(lambda: storage).stored(JobSpec(prompt="x", seed=1, init_image=PICTURE, mask=buffer.getvalue()))
     (request,) = to_requests(spec, storage)
     assert request.mask is not None and request.mask.shape == (96, 64) and not request.mask.any()
+
+
+def test_no_picture_is_too_large_for_the_worker_that_submit_takes() -> None:
+    assert inputs.MAX_BYTES <= pictures.MAX_BYTES and inputs.MAX_PIXELS <= pictures.MAX_PIXELS
 
 
 def test_the_picture_of_a_phone_that_has_a_second_one_inside_arrives(tmp_path: Path) -> None:
