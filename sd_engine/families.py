@@ -26,7 +26,7 @@ from sd_engine.tensorfile import TensorFile
 SD2: Final = Configs(
     text=ClipConfig(width=1024, mlp_width=4096, layers=23, heads=16, activation="gelu"),
     unet=UNetConfig(heads=(5, 10, 20, 20), context_width=1024, linear_projection=True, sample_size=96),
-    schedule=NoiseSchedule(prediction="v_prediction"),
+    schedule=NoiseSchedule(prediction="v_prediction", spacing=None),
 )
 FAMILIES: Final[Mapping[int, tuple[str, Configs]]] = {768: ("SD 1.x", SD1), 1024: ("SD 2.x", SD2)}
 PREDICTIONS: Final[tuple[Prediction, ...]] = get_args(Prediction)

@@ -22,12 +22,15 @@ from sd_engine.vae import Vae
 
 @dataclass(frozen=True, slots=True)
 class Configs:
-    """What a model is made of; the defaults are SD 1.x's, because its single-file checkpoints do not say."""
+    """What a model is made of; the defaults are SD 1.x's, because its single-file checkpoints do not say.
+
+    Their schedule names no spacing, as the published folders do not: one model's file and folder draw one picture.
+    """
 
     text: ClipConfig = field(default_factory=ClipConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    schedule: NoiseSchedule = field(default_factory=lambda: NoiseSchedule(spacing=None))
 
     def __post_init__(self) -> None:
         """Raise WeightsError for parts that do not belong together."""

@@ -9,6 +9,8 @@ import pytest
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from sd_engine.errors import InvalidRequest, WeightsError
+from sd_engine.families import SD2
+from sd_engine.model import SD1
 from sd_engine.schedules import NoiseSchedule, exponential_sigmas, karras_sigmas
 
 # diffusers 0.42 turns its sigmas into numpy in a way that numpy 2 warns of; nothing of ours does.
@@ -197,6 +199,12 @@ FILES: dict[str, tuple[dict[str, Any], NoiseSchedule]] = {
 def test_a_real_folders_file_is_read_and_its_choice_of_a_sampler_left_to_the_request(file: str) -> None:
     config, wanted = FILES[file]
     assert NoiseSchedule.from_config(config | {"_class_name": file.split()[0]}) == wanted
+
+
+def test_a_file_without_configurations_is_drawn_as_the_folder_of_the_same_model() -> None:
+    """With a spacing of its own it would start Euler at timestep 951 instead of 999: another picture of each seed."""
+    for file, configs in (("PNDMScheduler (SD 1.5)", SD1), ("DDIMScheduler (SD 2.1)", SD2)):
+        assert configs.schedule == NoiseSchedule.from_config(FILES[file][0])
 
 
 @pytest.mark.parametrize(
