@@ -21,6 +21,7 @@ from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
 from sd_engine.latents import DECODE_BATCH, decode_batches, decode_latents, rounded
+from sd_engine.masks import with_kept
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
 from sd_engine.prompts import DEFAULT_CACHE_BYTES, PromptEncoder, join, tokens
@@ -127,8 +128,8 @@ class Runner:
                 row.error = NonFinite(
                     f"the picture is not finite after {row.step} steps: try float32, or less guidance"
                 )
-        images = rounded(pixels_BCHW)
-        return {row.id: image.numpy() for row, image in zip(rows, images, strict=True) if row.error is None}
+        images = rounded(pixels_BCHW).numpy()
+        return {row.id: with_kept(row, image) for row, image in zip(rows, images, strict=True) if row.error is None}
 
 
 def _mixed(mix_BSI: Tensor, inputs: Sequence[Tensor]) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sd_engine.errors import NonFinite
 from sd_engine.latents import decode_latents, encode_picture, rounded
+from sd_engine.masks import init_of, mask_of
 from sd_engine.model import Model
 from sd_engine.noise import NoiseSource
-from sd_engine.pictures import Pixels, fit, fit_mask
+from sd_engine.pictures import Pixels, fit
 from sd_engine.row import Inpaint, Row
 
 _DRAWN_ANEW = 128  # the reference draws anew where a mask is at least a half
@@ -68,7 +69,7 @@ def _clean(model: Model, row: Row, noise: NoiseSource) -> Tensor | None:
         return _enlarged(model, row, row.first_pass, noise)
     if row.request.init_image is None or (model.inpainting and _from_noise(model, row)):
         return None
-    return encode_picture(model, _init_picture(row), noise.draw(_shape(model, row)))
+    return encode_picture(model, _as_pixels(init_of(row)), noise.draw(_shape(model, row)))
 
 
 def _enlarged(model: Model, row: Row, first_CHW: Tensor, noise: NoiseSource) -> Tensor:
@@ -94,15 +95,12 @@ def _kept(model: Model, row: Row, noise: NoiseSource, clean_CHW: Tensor | None) 
     if row.first_pass is None:
         assert clean_CHW is not None, "a mask comes with an init image"
         return clean_CHW
-    return encode_picture(model, _init_picture(row), sample_CHW)
+    return encode_picture(model, _as_pixels(init_of(row)), sample_CHW)
 
 
 def _kept_mask(model: Model, row: Row) -> Tensor:
-    """float32 [1, h, w]: hard, a pixel for its cell, as the reference's; blurred it is soft, the mean of its cell."""
-    if not row.request.mask_blur:
-        return _hard(_mask(row))[:, :: model.factor, :: model.factor].to(model.device)
-    soft_1HW = torch.from_numpy(_mask(row) / np.float32(255))[None]
-    return F.avg_pool2d(soft_1HW, model.factor).to(model.device)
+    """float32 [1, h, w]: hard, a pixel for its cell, as the reference's, of a blurred mask too (`masks.with_kept`)."""
+    return _hard(mask_of(row))[:, :: model.factor, :: model.factor].to(model.device)
 
 
 def _condition(model: Model, row: Row, noise: NoiseSource) -> Tensor:
@@ -110,30 +108,16 @@ def _condition(model: Model, row: Row, noise: NoiseSource) -> Tensor:
 
     Without a mask (txt2img, img2img) all is drawn anew.
     """
-    hard_1HW = torch.ones(1, row.lane.height, row.lane.width) if row.request.mask is None else _hard(_mask(row))
+    hard_1HW = torch.ones(1, row.lane.height, row.lane.width) if row.request.mask is None else _hard(mask_of(row))
     masked_3HW = torch.zeros(3, *hard_1HW.shape[1:])
     if row.request.init_image is not None:
-        masked_3HW = _init_picture(row) * (1 - hard_1HW)
+        masked_3HW = _as_pixels(init_of(row)) * (1 - hard_1HW)
     masked_CHW = encode_picture(model, masked_3HW, noise.draw(_shape(model, row)))
     return torch.cat([hard_1HW[:, :: model.factor, :: model.factor].to(masked_CHW), masked_CHW])
 
 
-def _mask(row: Row) -> Pixels:
-    """The mask at the size that is drawn; its blur grows with the picture."""
-    request = row.request
-    assert request.mask is not None
-    scale = request.upscale if row.first_pass is not None and request.upscale is not None else 1.0
-    return fit_mask(request.mask, row.lane.height, row.lane.width, request.resize, request.mask_blur * scale)
-
-
 def _hard(mask: Pixels) -> Tensor:
     return torch.from_numpy(mask >= _DRAWN_ANEW).float()[None]
-
-
-def _init_picture(row: Row) -> Tensor:
-    request = row.request
-    assert request.init_image is not None
-    return _as_pixels(fit(request.init_image, row.lane.height, row.lane.width, request.resize))
 
 
 def _as_pixels(image: Pixels) -> Tensor:
