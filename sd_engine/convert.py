@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from sd_engine.checkpoint import Choice, opened_checkpoint
 from sd_engine.errors import WeightsError
@@ -37,7 +38,8 @@ def convert(
     """Write the model at `source` to the folder `target`, its tokenizer with it, and return the folder.
 
     dtype: of the weights there; none given: that of the U-Net in `source`. The others are `load_model`'s. The folder
-    appears when it is whole. Raises WeightsError for what `load_model` refuses, and for a target that is there already.
+    appears when it is whole. Raises WeightsError for what `load_model` refuses, and for a target that is there already
+    or cannot be written.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -47,12 +49,14 @@ def convert(
         found, words = checkpoint.configs, tokenizer_folder(checkpoint, tokenizer)
         place = Place.pick("cpu", dtype or _stored_dtype(checkpoint.unet), "resident")
         model = filled_model(checkpoint, words, place)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = target.absolute().with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         write_folder(unfinished, found, model.modules, model.dtype)
         copy_tokenizer(words, unfinished / "tokenizer")
         unfinished.replace(target)  # an empty folder gives way
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{target} cannot be written ({error}); make room there, or choose another place") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target

@@ -12,9 +12,11 @@ from sd_engine.checkpoint import Choice
 from sd_engine.convert import convert
 from sd_engine.errors import InvalidArgument
 from sd_engine.inspection import Inspection, inspect, verify
-from worker.model_entry import Progress, ShelfError, Source
+from worker.model_entry import Progress, ShelfError, Source, reason
 from worker.model_files import BadModel
 from worker.model_shelf import Shelf
+
+_PADDING = 64  # trainers round an embedding's rows up, to a multiple of this at most
 
 
 @contextmanager
@@ -30,11 +32,26 @@ def check(source: Source) -> None:
 
     Raises BadModel, in the engine's words.
     """
+    found = check_names(source)
     with _refusals():
-        found = look(source)
-        if found.problems:
-            raise WeightsError("; ".join(found.problems))
-        load_model(source.path, "cpu", stored_dtype(found), **source.options())
+        model = load_model(source.path, "cpu", stored_dtype(found), **source.options())
+    tokens, rows = model.tokenizer.vocab_size, model.text_encoder.config.vocab_size
+    if tokens <= rows - _PADDING:  # the engine refuses more; fewer are read without a word, and mean other words
+        raise BadModel(
+            f"the tokenizer has {tokens} tokens, the text encoder of {source.path} {rows}; give --tokenizer that of "
+            "the model itself"
+        )
+
+
+def check_names(source: Source) -> Inspection:
+    """Refuse what names and shapes show to be no model, before anything is copied; what is in it, if it is one.
+
+    Raises BadModel, in the engine's words.
+    """
+    found = look(source)
+    if found.problems:
+        raise BadModel("; ".join(" ".join(problem.split()) for problem in found.problems))
+    return found
 
 
 def look(source: Source) -> Inspection:
@@ -42,17 +59,22 @@ def look(source: Source) -> Inspection:
     return inspect(source.path, _choice(source))
 
 
-def sound(shelf: Shelf, what: str, progress: Progress) -> list[str]:
-    """The problems, each a sentence, that reading all of a model shows: one on the shelf by its name, or a path."""
-    if Path(what).exists():
-        return verify(Path(what))
+def sound(source: Source) -> list[str]:
+    """The problems, each a sentence, that reading every number of a model shows."""
+    return verify(source.path, _choice(source))
+
+
+def sound_on_shelf(shelf: Shelf, name: str, progress: Progress) -> list[str]:
+    """The problems, each a sentence, that reading all of a model on the shelf shows, and loading it."""
     try:
-        entry = shelf.entry(what)
-        problems = entry.damages(progress) or verify(entry.source.path, _choice(entry.source))
+        entry = shelf.entry(name)
+        problems = entry.damages(progress) or sound(entry.source)
         if not problems:
             check(entry.source)  # its tokenizer and embeddings too
     except (BadModel, ShelfError) as error:
         return [str(error)]
+    except OSError as error:
+        return [f"it cannot be read: {reason(error)}"]
     return problems
 
 
@@ -69,6 +91,7 @@ def convert_to(source: Source, target: Path, dtype: str | None, *, force: bool) 
     Raises BadModel.
     """
     _check_target(target, force)
+    target = target.absolute()
     options = {name: value for name, value in source.options().items() if name != "embeddings"}
     written = target.with_name(f".{target.name}.new") if target.exists() else target
     with _refusals():
@@ -76,6 +99,7 @@ def convert_to(source: Source, target: Path, dtype: str | None, *, force: bool) 
         convert(source.path, written, dtype, **options)
     if written != target:
         old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # what a killed process left beside its new one
         target.rename(old)
         written.rename(target)
         shutil.rmtree(old)
@@ -83,6 +107,8 @@ def convert_to(source: Source, target: Path, dtype: str | None, *, force: bool) 
 
 def _check_target(target: Path, force: bool) -> None:
     """Raises BadModel for what is there already; nothing but a diffusers folder is ever replaced."""
+    if target.absolute() == Path.cwd():
+        raise BadModel("OUT is the folder that you are in, and would be another one; name one that is made")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / "unet" / "config.json").is_file():

@@ -85,10 +85,19 @@ class Entry:
         return [problem for path, file in self.files.items() if (problem := _damaged(path, file, seen))]
 
 
+def reason(error: OSError) -> str:
+    """What the system says, and of which file: of a copy its target, because that is where a disk is full."""
+    said, file = error.strerror or str(error), error.filename2 or error.filename
+    return f"{said} ({file})" if file else said
+
+
 def _changed(path: Path, file: File) -> str:
-    if not path.is_file():
-        return f"{path} is gone; put it back, or remove the model and add it again"
-    size = path.stat().st_size
+    try:
+        if not path.is_file():
+            return f"{path} is gone; put it back, or remove the model and add it again"
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
     return "" if size == file.size else f"{path} has {size} bytes instead of {file.size}; add the model again"
 
 
@@ -105,7 +114,7 @@ def _damaged(path: Path, file: File, seen: Callable[[int], None]) -> str:
 def source_at(path: Path) -> Source:
     """How the model at a path is loaded: as its manifest says if it is one of a shelf, else as it stands.
 
-    Raises ShelfError for a place on the shelf that is empty, or whose manifest cannot be read.
+    Raises ShelfError for a manifest that cannot be read.
     """
     if (path / MANIFEST).is_file():
         return read_entry(path).source

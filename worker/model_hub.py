@@ -27,6 +27,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from jobs.errors import NightshiftError
+from worker.model_entry import reason
 from worker.reasons import HubUnavailable
 
 _TIMEOUT_S = 20.0
@@ -130,12 +131,12 @@ class Hub:
                 ) from error
             raise HubUnavailable(f"{self.endpoint} answered {status} for {repository}; {_AGAIN}") from error
         except HTTPError as error:
-            reason = str(error).strip() or type(error).__name__
-            raise HubUnavailable(f"{self.endpoint} cannot be reached ({reason}); {_AGAIN}") from error
+            said = str(error).strip() or type(error).__name__
+            raise HubUnavailable(f"{self.endpoint} cannot be reached ({said}); {_AGAIN}") from error
         except OSError as error:
             if error.errno is None:  # the library's own, for a file that ended early
                 raise HubUnavailable(f"{self.endpoint} ended a file early; {_AGAIN}") from error
-            raise PullError(f"{repository} cannot be stored: {error.strerror} ({error.filename})") from error
+            raise PullError(f"{repository} cannot be stored: {reason(error)}") from error
 
 
 def _remote(sibling: RepoSibling) -> Remote:

@@ -24,6 +24,8 @@ def put_together(folder: Path, source: Source, origin: str, link: bool, progress
         placed = replace(placed, vae=_place_vae(source.vae, folder / "extras"))
     if source.embeddings is not None:
         placed = replace(placed, embeddings=_place_embeddings(source.embeddings, folder / "embeddings"))
+    elif not link and (source.path / "embeddings").is_dir():
+        _place_embeddings(source.path / "embeddings", folder / "embeddings")  # where the engine looks for them
     outside = _files_of(source) if link else []
     paths = [*outside, *sorted(path for path in folder.rglob("*") if path.is_file())]
     sizes = {path: path.stat().st_size for path in paths}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from worker.model_entry import Source
+from worker.model_entry import Source, reason
 from worker.model_files import BadModel, checkpoint_file, folder_files, is_folder_model, names_in, tokenizer_files
 from worker.model_hub import Hub, PullError, Remote, arrived
 from worker.model_shelf import PULLING, Shelf
@@ -51,7 +51,7 @@ def pulled(
             for remote in sorted(wanted, key=lambda remote: remote.size):  # what is small and wrong shows early
                 hub.fetch(listing, remote, folder / remote.name)
         except OSError as error:
-            raise PullError(f"{repository} cannot be stored: {error.strerror} ({error.filename})") from error
+            raise PullError(f"{repository} cannot be stored: {reason(error)}") from error
         yield Pulled(folder, listing.commit)
 
 

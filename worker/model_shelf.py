@@ -20,10 +20,12 @@ from pathlib import Path
 
 from jobs.fields import MODEL_NAME
 from jobs.settings import SHIPPED, Settings
-from worker.model_entry import MANIFEST, Entry, Progress, ShelfError, Source, read_entry, unseen
+from worker.model_entry import MANIFEST, Entry, Progress, ShelfError, Source, read_entry, reason, unseen
+from worker.model_files import BadModel
 from worker.model_placing import put_together
 
 PULLING = "pulling-"  # begins the name of the workplace of a pull
+_ADDING, _REMOVING = "adding-", "removing-"
 _TAKEN = (*SHIPPED, "embeddings")  # where the engine would look for the embeddings of every model on the shelf
 
 
@@ -41,6 +43,10 @@ class Shelf:
     def unfinished(self) -> list[Path]:
         """What interrupted pulls left, to go on from."""
         return sorted(self.folder.glob(f".{PULLING}*"))
+
+    def left_over(self) -> list[Path]:
+        """What killed processes left, and what others are at work on."""
+        return sorted(path for kind in (_ADDING, _REMOVING) for path in self.folder.glob(f".{kind}*"))
 
     def entry(self, name: str) -> Entry:
         """One model. Raises ShelfError when there is none, or when its manifest cannot be read."""
@@ -73,13 +79,15 @@ class Shelf:
         """
         self.check_name(name)
         try:
-            with self.workplace(f"adding-{name}") as folder:
+            with self.workplace(f"{_ADDING}{name}") as folder:
                 entry = put_together(folder, source, origin, link, progress)
-                check(entry.source)
+                try:
+                    check(entry.source)
+                except BadModel as error:  # told of the files as they were given: those in the workplace go
+                    raise BadModel(_as_given(str(error), entry.source, source)) from error
                 folder.rename(self.folder / name)
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise ShelfError(f"{name} cannot be added: {error.strerror or error}{where}") from error
+            raise ShelfError(f"{name} cannot be added: {reason(error)}") from error
         return self.entry(name)
 
     def check_name(self, name: str) -> None:
@@ -99,12 +107,12 @@ class Shelf:
         if name not in self.names():
             self.entry(name)  # says what there is
         entry = _read_or_none(self.folder / name)
-        gone = self.folder / f".removing-{name}-{os.getpid()}"
+        gone = self.folder / f".{_REMOVING}{name}-{os.getpid()}"
         try:
             (self.folder / name).rename(gone)  # first, so that half a model is never seen
             shutil.rmtree(gone)
         except OSError as error:
-            raise ShelfError(f"{name} cannot be removed: {error.strerror} ({error.filename})") from error
+            raise ShelfError(f"{name} cannot be removed: {reason(error)}") from error
         return entry or Entry(name, self.folder / name, Source(self.folder / name), "", {})
 
     @contextmanager
@@ -142,6 +150,14 @@ def served(settings: Settings) -> dict[str, Path | str]:
     if settings.serves_whole_shelf:
         models |= dict.fromkeys(shelf.names(), "shelf")
     return {name: shelf.folder / name if path == "shelf" else path for name, path in models.items()}
+
+
+def _as_given(said: str, placed: Source, given: Source) -> str:
+    """A sentence about a model's files on the shelf, with the paths that they came from."""
+    for name in ("tokenizer", "vae", "embeddings", "path"):  # the last is the folder that the others are in
+        here, there = getattr(placed, name), getattr(given, name)
+        said = said if here is None or there is None else said.replace(str(here), str(there))
+    return said
 
 
 def _read_or_none(folder: Path) -> Entry | None:

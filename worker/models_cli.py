@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from worker.model_entry import ShelfError, Source, reason, source_at
 from worker.told import told_in_a_sentence
 
 if TYPE_CHECKING:
     from jobs.settings import Settings
-    from worker.model_entry import Source
     from worker.model_shelf import Shelf
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -32,7 +32,10 @@ class _Models(click.Group):
         with told_in_a_sentence():
             if find_spec("torch") is None:
                 raise ModuleNotFoundError("torch is not installed", name="torch")
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except OSError as error:  # of a file or folder that cannot be read or written
+                raise ShelfError(reason(error)) from error
 
 
 @click.group(
@@ -104,6 +107,8 @@ def list_models(as_json: bool) -> None:
     click.echo("\n".join(as_table(found)))
     for folder in Shelf(settings.home).unfinished():
         click.echo(f"unfinished: {folder} (pull again to go on, or delete the folder)", err=True)
+    for folder in Shelf(settings.home).left_over():
+        click.echo(f"left over: {folder} (delete the folder, unless an add or remove is running)", err=True)
 
 
 @models.command(
@@ -120,7 +125,6 @@ Examples:
 def add(name: str, file: Path, tokenizer: str | None, link: bool, **options: Any) -> None:
     """Put a file or folder on the shelf as the model NAME, its tokenizer with it. It is loaded once to check it."""
     from jobs.settings import Settings
-    from worker.model_entry import Source
     from worker.model_shelf import Shelf
     from worker.model_tokenizer import tokenizer_for
 
@@ -132,10 +136,12 @@ def add(name: str, file: Path, tokenizer: str | None, link: bool, **options: Any
 
 
 def _put(settings: Settings, name: str, source: Source, *, origin: str, link: bool = False) -> None:
-    from worker.model_check import check
+    from worker.model_check import check, check_names
     from worker.model_shelf import Shelf, served
     from worker.models_show import progress_bar, size
 
+    if source.path.is_file():
+        check_names(source)  # before gigabytes are copied and summed
     with progress_bar("reading") as progress:
         entry = Shelf(settings.home).add(name, source, origin=origin, check=check, link=link, progress=progress)
     click.echo(f"{name}: {size(entry.size)}, in {entry.folder}")
@@ -200,10 +206,9 @@ def _source(shelf: Shelf, what: str) -> Source:
     """A path that is there, else a model by its name."""
     from jobs.settings import SHIPPED
     from sd_engine import shipped_model
-    from worker.model_entry import Source
 
     if Path(what).exists():
-        return Source(Path(what).absolute())
+        return source_at(Path(what).absolute())
     return Source(shipped_model()) if what in SHIPPED else shelf.entry(what).source
 
 
@@ -213,14 +218,15 @@ def _source(shelf: Shelf, what: str) -> Source:
 def verify(context: click.Context, what: tuple[str, ...]) -> None:
     """Read every byte of models on the shelf (default: all) or of files. Exit code 1: a sentence for each problem."""
     from jobs.settings import Settings
-    from worker.model_check import sound
+    from worker.model_check import sound, sound_on_shelf
     from worker.model_shelf import Shelf
     from worker.models_show import progress_bar
 
     shelf, bad = Shelf(Settings().home), False
     for each in what or shelf.names():
         with progress_bar(f"reading {each}") as progress:
-            problems = sound(shelf, each, progress)
+            on_shelf = not what or not Path(each).exists()
+            problems = sound_on_shelf(shelf, each, progress) if on_shelf else sound(source_at(Path(each)))
         for problem in problems:
             click.echo(f"{each}: {problem}", err=True)
         if not problems:

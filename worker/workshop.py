@@ -50,7 +50,7 @@ def open_workshop(models: Mapping[str, Path | str], options: TorchOptions) -> Wo
             broken[name] = " ".join(str(error).split())
             log.error("model %s cannot be loaded: %s", name, broken[name])
     if not loaded:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items()) or "it names none"
         raise SettingsError(f"NIGHTSHIFT_MODELS: no model can be loaded ({reasons})")
     return Workshop(
         make_engine=lambda: Engine(loaded, max_units=options.max_units, deterministic=options.deterministic),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,20 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
         raise OSError("no space left on device")
 
     monkeypatch.setattr("sd_engine.convert.copy_tokenizer", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(WeightsError, match=r"target cannot be written \(no space left on device\); make room"):
         convert(tiny_folder, tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_stays(tiny_folder: Path, tmp_path: Path) -> None:
+    """Files of at most 100 kB, as the system's own limit: what a full disk does to the library that writes them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"target cannot be written \(.*; make room"):
+            convert(tiny_folder, tmp_path / "target")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,17 @@ def test_a_listed_model_says_what_is_wrong_with_it_and_who_serves_it(
     assert table[0].split() == ["name", "kind", "size", "served", "state", "path"] and len(table) == 7
 
 
+def test_what_a_killed_process_left_is_listed(tiny_folder: Path, shelf: Shelf) -> None:
+    for left in (".adding-big", ".removing-old-17", ".pulling-org--name@0123"):
+        (shelf.folder / left).mkdir(parents=True)
+    said = run("list").stderr.splitlines()
+    assert [line.partition(" (")[0] for line in said] == [
+        f"unfinished: {shelf.folder / '.pulling-org--name@0123'}",
+        f"left over: {shelf.folder / '.adding-big'}",
+        f"left over: {shelf.folder / '.removing-old-17'}",
+    ]
+
+
 def test_verify_finds_a_single_changed_bit_and_says_it_in_a_sentence(tiny_folder: Path, shelf: Shelf) -> None:
     ran("add", "good", tiny_folder)
     ran("add", "bad", tiny_folder)
@@ -65,6 +76,21 @@ def test_verify_and_inspect_take_any_path(tiny_folder: Path, tmp_path: Path) -> 
     assert "no model 'nothing-here' on the shelf" in refused("inspect", "nothing-here")
 
 
+def test_verify_reads_the_shelf_wherever_it_is_called_and_any_path_to_a_model_on_it(
+    tiny_file: Path, tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran("add", "tiny", tiny_file, "--tokenizer", tiny_folder)
+    monkeypatch.chdir(shelf.folder)  # there a name on the shelf is a path, too
+    assert ran("verify") == "tiny: sound\n"
+    assert ran("verify", "tiny") == "tiny: sound\n"
+    assert json.loads(ran("inspect", shelf.folder / "tiny", "--json"))["layout"] == "single file"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("convert", "nightshift-mini")])
+def test_a_path_that_the_system_refuses_is_one_sentence(command: tuple[str, ...]) -> None:
+    assert refused(*command, "a" * 300).startswith("Error: ")
+
+
 def test_the_shipped_model_can_be_looked_at_by_its_name() -> None:
     assert json.loads(ran("inspect", "nightshift-mini", "--json"))["loadable"]
 
@@ -87,6 +113,16 @@ def test_convert_never_replaces_what_is_no_model(tiny_folder: Path, tmp_path: Pa
     (tmp_path / "photos" / "me.jpg").write_text("precious")
     assert "no diffusers folder" in refused("convert", tiny_folder, tmp_path / "photos", "--force")
     assert (tmp_path / "photos" / "me.jpg").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_told(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "file/out cannot be written" in refused("convert", tiny_folder, tmp_path / "file" / "out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the folder that you are in" in refused("convert", tiny_folder, ".")
 
 
 def test_a_failed_conversion_leaves_the_old_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs import Settings
-from sd_engine import Engine
+from sd_engine import Engine, load_model, shipped_model
 from tests.worker.models_helpers import draw, on_disk, ran, refused, run, torn
 from worker.demo import embedded
-from worker.model_entry import MANIFEST, ShelfError, Source, read_entry, source_at
+from worker.model_entry import MANIFEST, ShelfError, Source, read_entry, reason, source_at
 from worker.model_shelf import Shelf, served
 from worker.workshop import TorchOptions, open_workshop
 
@@ -156,6 +157,51 @@ def test_a_wrong_model_is_refused_in_the_engine_s_words_and_leaves_nothing(
     spoil(folder)
     assert sentence in refused("add", "wrong", folder)
     assert on_disk(shelf) == []
+
+
+def test_a_file_that_its_names_give_away_is_refused_before_anything_is_put_anywhere(
+    tiny_folder: Path, tmp_path: Path, shelf: Shelf
+) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "style.safetensors")
+    said = refused("add", "style", tmp_path / "style.safetensors", "--tokenizer", tiny_folder)
+    assert f"{tmp_path / 'style.safetensors'} is a LoRA" in said and not shelf.folder.exists()
+
+
+def test_what_only_the_numbers_show_is_told_of_the_file_that_was_given(
+    tiny_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(tiny_file)
+    tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
+    save_file(tensors, tiny_file)
+    said = refused("add", "wrong", tiny_file, "--tokenizer", tiny_folder)
+    assert said.startswith(f"Error: {tiny_file}: first_stage_model.decoder.conv_out.bias")
+    vae, folder = tmp_path / "other.vae.safetensors", shutil.copytree(tiny_folder, tmp_path / "wrong")
+    save_file({key: tensor for key, tensor in tensors.items() if key.startswith("first_stage")}, vae)
+    assert refused("add", "wrong", tiny_folder, "--vae", vae).startswith(f"Error: {vae}: first_stage_model.decoder")
+    _not_finite(folder)
+    assert refused("add", "wrong", folder).startswith(f"Error: {folder}/vae/diffusion_pytorch_model.safetensors: ")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_folder: Path, shelf: Shelf) -> None:
+    said = refused("add", "mini", shipped_model(), "--tokenizer", tiny_folder)
+    assert f"the tokenizer has 518 tokens, the text encoder of {shipped_model()} 609" in said
+    assert on_disk(shelf) == []
+
+
+def test_a_folder_s_own_embeddings_come_with_it(tiny_folder: Path, tmp_path: Path, shelf: Shelf) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "taught")
+    (folder / "embeddings").mkdir()
+    save_file({"emb_params": torch.ones(2, 32)}, folder / "embeddings" / "my-cat.safetensors")
+    ran("add", "taught", folder)
+    shutil.rmtree(folder)
+    source = shelf.entry("taught").source
+    assert list(load_model(source.path, **source.options()).embeddings) == ["my-cat"]
+
+
+def test_where_a_disk_is_full_is_told_not_what_was_copied() -> None:
+    assert (
+        reason(OSError(errno.ENOSPC, "No space left on device", "from", None, "to")) == "No space left on device (to)"
+    )
 
 
 @pytest.mark.parametrize(
