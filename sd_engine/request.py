@@ -46,7 +46,8 @@ class Request:
     upscale: a second pass at this many times the size; upscale_strength and upscale_steps (None: `steps`) are that
     pass's own, upscale_by says whether the latent or the picture is enlarged. A mask stays in force: what it keeps
     comes from the init image again, at the larger size.
-    noise: whose random numbers: torch's on a CPU, or those that CUDA devices draw (both computed on the CPU).
+    noise: whose random numbers: torch's on a CPU, or those that CUDA devices draw (both computed on the CPU). Of a
+    seed, torch's CPU generator reads the low 32 bits only.
     model: a name among the engine's models; None is its first.
     """
 
