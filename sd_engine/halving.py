@@ -70,5 +70,5 @@ def _give_back() -> None:
 def _out_of_memory(row: Row) -> OutOfMemory:
     return OutOfMemory(
         f"not enough memory for one picture of {row.lane.width} x {row.lane.height} on this device; "
-        "ask for a smaller one, or give the worker half precision or offload"
+        "ask for a smaller one, or give the worker half precision, offload, or (if it is deterministic) fewer max_units"
     )

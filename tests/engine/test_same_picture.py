@@ -65,7 +65,7 @@ def of_pool(visits: list[Visit], dtype: torch.dtype) -> list[Visit]:
     return [replace(visit, request=visit.request % len(POOLS[dtype])) for visit in visits]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(visits=st.lists(VISITS, min_size=2, max_size=9))
 def test_the_pixels_agree_within_the_stated_number_whatever_the_neighbours(
     model: Model, alone: Alone, visits: list[Visit]
@@ -77,7 +77,7 @@ def test_the_pixels_agree_within_the_stated_number_whatever_the_neighbours(
             assert difference <= TOLERANCE[model.dtype], POOL[visits[i].request]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(visits=st.lists(VISITS, min_size=2, max_size=9))
 def test_deterministic_pixels_are_bitwise_the_same_whatever_the_neighbours(
     model: Model, alone_deterministic: Alone, visits: list[Visit]
