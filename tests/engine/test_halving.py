@@ -1,4 +1,4 @@
-"""A pack that does not fit is halved, the lane remembers it, and no picture knows; a row that fits nowhere fails alone."""
+"""A pack that does not fit is halved and its lane remembers, no picture knows; a row that fits nowhere fails alone."""
 
 from __future__ import annotations
 
