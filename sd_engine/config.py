@@ -145,7 +145,9 @@ class UNetConfig:
         )
         _refuse(config, time_embedding_act_fn=None, timestep_post_act=None)
         _check_whole(config, "in_channels", "out_channels", "block_out_channels", "cross_attention_dim")
-        _check_whole(config, "norm_num_groups", "sample_size")
+        _check_whole(config, "norm_num_groups")
+        if config.get("sample_size") is not None:  # the reference's own default, written out, is null
+            _check_whole(config, "sample_size")
         _check_whole(config, "layers_per_block", most=_DEEPEST)
         channels = tuple(config["block_out_channels"])
         attention = tuple(_has_attention(name) for name in config["down_block_types"])
@@ -174,7 +176,7 @@ class UNetConfig:
             context_width=config["cross_attention_dim"],
             norm_groups=config.get("norm_num_groups", 32),
             linear_projection=config.get("use_linear_projection", False),
-            sample_size=config.get("sample_size", 64),
+            sample_size=config.get("sample_size") or 64,
         )
 
 
