@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from sd_engine import Engine, Finished, Model, Request, load_model
 from sd_engine.errors import OutOfMemory
-from sd_engine.halving import is_out_of_memory
-from sd_engine.row import Lane
+from sd_engine.halving import halving, is_out_of_memory
+from sd_engine.row import Lane, Row
 from sd_engine.unet import UNet
 
 REQUESTS = tuple(
@@ -111,6 +113,23 @@ def test_a_step_that_fails_after_drawing_its_noise_does_not_draw_it_again(
         image = endings[id]
         assert image is not None
         assert np.abs(image.astype(int) - alone.astype(int)).max() <= 1
+
+
+def test_what_a_failed_call_held_is_free_before_its_halves_begin(model: Model) -> None:
+    """On a full device the halves need the memory that the whole pack's tensors had."""
+    engine = Engine(model)
+    rows = [engine._rows[engine.add(request)] for request in REQUESTS[:2]]
+    held: list[weakref.ref[Tensor]] = []
+
+    def work(pack: Sequence[Row]) -> None:
+        assert not [tensor for tensor in held if tensor() is not None]
+        large = torch.zeros(len(pack))
+        held.append(weakref.ref(large))
+        if len(pack) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    halving(work, rows)
+    assert len(held) == 3 and not any(row.error for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,15 @@ def test_every_number_is_read_and_each_damaged_part_is_one_problem(folder: Path)
     assert "not finite (NaN or infinity): 2 tensors: conv_in.weight, conv_out.bias; download it again" in problem
 
 
+def test_what_no_model_is_made_of_may_be_damaged(tmp_path: Path) -> None:
+    """The layer of OpenCLIP's text encoder that SD 2.x does not draw with."""
+    folder = make_tiny_model(tmp_path / "sd2", sd2=True)
+    tensors = original_tensors(folder, openclip=True)
+    tensors["cond_stage_model.model.transformer.resblocks.2.ln_1.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "sd2.safetensors")
+    assert verify(tmp_path / "sd2.safetensors", Choice(configs=configs_of(load_model(folder)))) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_numbers_of_eight_bits_are_read_too(folder: Path, dtype: torch.dtype) -> None:
     file = folder / f"{UNET}.safetensors"

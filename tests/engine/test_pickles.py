@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import random
@@ -17,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sd_engine import layouts
+from sd_engine import layouts, picklefile
 from sd_engine.errors import WeightsError
 from sd_engine.weights import load_model
-from tests.engine.models import VAE, refusal
+from tests.engine.models import VAE, configs_of, original_tensors, refusal
+from tests.tiny_model import make_tiny_model
 
 TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2)}
 
@@ -143,3 +145,27 @@ def test_a_checkpoint_that_holds_itself_is_told(tmp_path: Path) -> None:
 def test_numbers_that_are_not_one_after_the_other_are_told(tmp_path: Path, odd: Tensor) -> None:
     torch.save({"state_dict": {**TENSORS, "odd": odd}}, tmp_path / "odd.ckpt")
     assert "sparse, quantized or left out): 1 tensors: odd" in refusal(tmp_path / "odd.ckpt")
+
+
+def test_a_pickle_larger_than_any_model_s_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_zip(TENSORS, tmp_path / "large.ckpt")
+    monkeypatch.setattr(picklefile, "PICKLE_LIMIT", 100)
+    assert "has large/data.pkl of more than 100 bytes" in refusal(tmp_path / "large.ckpt")
+
+
+def test_what_is_read_as_a_whole_stays_in_memory_until_all_of_it_is_taken(tmp_path: Path) -> None:
+    """A stacked projection is three of ours. Unlike a mapped one, it could not be read again for the second."""
+    folder = make_tiny_model(tmp_path / "sd2", sd2=True)
+    plain = load_model(folder)
+    tensors = original_tensors(folder, openclip=True)
+    stacked = max(tensor.nbytes for key, tensor in tensors.items() if key.endswith("in_proj_weight"))
+    assert stacked >= 2 * mmap.PAGESIZE, "it has no whole page that could be lost"
+    models = []
+    for save in (save_zip, save_old):
+        save({"state_dict": tensors}, tmp_path / "model.ckpt")
+        path, words = tmp_path / "model.ckpt", folder / "tokenizer"
+        models.append(load_model(path, dtype="bf16", tokenizer=words, configs=configs_of(plain)))
+    parts = [model.text_encoder.state_dict() for model in models]
+    assert all(torch.equal(tensor, parts[1][key]) for key, tensor in parts[0].items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -60,6 +61,28 @@ def test_verify_finds_a_single_changed_bit_and_says_it_in_a_sentence(tiny_folder
     result = run("verify")
     assert result.exit_code == 1 and result.stdout == "good: sound\n"
     assert result.stderr == f"bad: {path} is not what was added; add the model again\n"
+
+
+def test_verify_reads_what_was_put_beside_a_model_later(tiny_folder: Path, shelf: Shelf) -> None:
+    ran("add", "tiny", tiny_folder)
+    (shelf.folder / "tiny" / "embeddings").mkdir()
+    (shelf.folder / "tiny" / "embeddings" / "torn.pt").write_bytes(b"torn")
+    result = run("verify")
+    assert result.exit_code == 1 and "torn.pt is not a whole checkpoint" in result.stderr
+
+
+def test_a_model_whose_files_cannot_all_be_removed_is_gone_at_once_and_the_rest_is_listed(
+    tiny_folder: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran("add", "tiny", tiny_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", _not_permitted)
+        assert "tiny cannot be removed: Operation not permitted" in refused("remove", "tiny")
+    assert shelf.names() == [] and str(shelf.left_over()[0]) in run("list").stderr
+
+
+def _not_permitted(*arguments: object, **options: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted", "unet")
 
 
 def test_verify_and_inspect_take_any_path(tiny_folder: Path, tmp_path: Path) -> None:

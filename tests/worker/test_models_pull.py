@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -111,6 +113,25 @@ def test_a_file_with_another_checksum_is_refused_and_nothing_is_shelved(
     hub.damaged.clear()
     pull(shelf, online)  # the damaged file was not kept
     assert shelf.names() == ["tiny"]
+
+
+def test_what_does_not_fit_on_the_disk_is_told_before_anything_is_fetched(
+    hub: LocalHub, online: Hub, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    with pytest.raises(PullError, match=r"\d{7} bytes are still to come and .* has 1048576 free; make room"):
+        pull(shelf, online)
+    assert hub.asked == []
+
+
+def test_a_part_that_is_longer_than_its_file_is_fetched_anew(hub: LocalHub, online: Hub, shelf: Shelf) -> None:
+    hub.faults[UNET] = [500]
+    with pytest.raises(HubUnavailable):
+        pull(shelf, online)
+    (folder,) = shelf.unfinished()
+    (folder / f"{UNET}.part").write_bytes(bytes(len(hub.repositories["org/tiny"][UNET]) + 1))
+    pull(shelf, online)
+    assert hub.starts(UNET)[-1] == 0 and shelf.names() == ["tiny"]
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,14 @@ def test_the_worker_serves_what_it_is_told_and_fails_the_jobs_of_what_is_not_the
     assert workshop.models == ("tiny", "never") and "no model" in workshop.broken["never"]
 
 
+def test_a_manifest_that_cannot_be_read_fails_its_own_jobs_and_no_others(tiny_folder: Path, shelf: Shelf) -> None:
+    ran("add", "good", tiny_folder)
+    ran("add", "torn", tiny_folder)
+    (shelf.folder / "torn" / MANIFEST).write_text("{")
+    workshop = open_workshop({name: shelf.folder / name for name in shelf.names()}, TorchOptions("cpu"))
+    assert list(workshop.broken) == ["torn"] and "remove the model and add it again" in workshop.broken["torn"]
+
+
 def test_the_demo_finds_a_model_of_the_usual_shelf_although_its_home_is_its_own(
     tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
