@@ -68,14 +68,17 @@ def sound_on_shelf(shelf: Shelf, name: str, progress: Progress) -> list[str]:
     """The problems, each a sentence, that reading all of a model on the shelf shows, and loading it."""
     try:
         entry = shelf.entry(name)
-        problems = entry.damages(progress) or sound(entry.source)
-        if not problems:
+        if problems := entry.damages(progress):
+            return problems
+        try:
             check(entry.source)  # its tokenizer and embeddings too
-    except (BadModel, ShelfError) as error:
+        except BadModel as error:
+            return sound(entry.source) or [str(error)]  # all that is wrong with the numbers, not the first
+    except ShelfError as error:
         return [str(error)]
     except OSError as error:
         return [f"it cannot be read: {reason(error)}"]
-    return problems
+    return []
 
 
 def stored_dtype(found: Inspection) -> str:

@@ -182,6 +182,17 @@ def test_what_only_the_numbers_show_is_told_of_the_file_that_was_given(
     assert refused("add", "wrong", folder).startswith(f"Error: {folder}/vae/diffusion_pytorch_model.safetensors: ")
 
 
+def test_a_model_is_checked_in_its_own_dtype(tiny_folder: Path, tmp_path: Path, shelf: Shelf) -> None:
+    """A number that float16 does not have is none that is wrong."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "wide")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_out.bias"][0] = 1e6
+    save_file(tensors, path)
+    ran("add", "wide", folder)
+    assert shelf.names() == ["wide"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tiny_folder: Path, shelf: Shelf) -> None:
     said = refused("add", "mini", shipped_model(), "--tokenizer", tiny_folder)
     assert f"the tokenizer has 518 tokens, the text encoder of {shipped_model()} 609" in said
