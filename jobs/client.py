@@ -14,6 +14,7 @@ from uuid import UUID
 from jobs import schema
 from jobs.bell import Bell
 from jobs.errors import FieldError, InvalidSpec, JobNotFound, StorageError, WaitTimeout
+from jobs.failpoints import failpoint
 from jobs.inputs import Inputs
 from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
@@ -78,6 +79,7 @@ class Client:
         inputs = self.inputs()
         ready = [inputs.stored(_as_spec(spec, {})) for spec in specs]
         views = self._store.submit(ready, batch=batch, idempotency_keys=idempotency_keys, rung=self._bell.rings)
+        failpoint("after_insert_commit")
         self._ring(view for view in views if view.state == State.queued)
         return views
 

@@ -10,8 +10,10 @@ from sqlalchemy.engine import Dialect
 from jobs.states import State
 
 #: The Alembic revision that these tables are; a test holds it equal to the newest migration.
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 MAX_ATTEMPTS = 3
+#: How often a job may take its process with it while it is rendered alone.
+MAX_SOLO_CRASHES = 3
 
 metadata = sa.MetaData(
     naming_convention={
@@ -63,7 +65,14 @@ job = sa.Table(
     sa.Column("urgency", sa.SmallInteger, nullable=False),
     sa.Column("attempts", sa.SmallInteger, nullable=False),
     sa.Column("max_attempts", sa.SmallInteger, nullable=False),
+    # A suspect was held by a worker that stopped answering: it is rendered alone until it ends, and `solo_crashes`
+    # counts the processes that it took with it then. Like `attempts` counted at the claim: a crash counts nothing.
+    sa.Column("suspect", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("solo_crashes", sa.SmallInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("error", sa.Text),
+    sa.Column("traceback", sa.Text),
+    # Where a released job's rows are kept in storage, so that the next worker goes on from their step.
+    sa.Column("saved_key", sa.String(1024)),
     sa.Column("created_at", Timestamp, nullable=False),
     sa.Column("available_at", Timestamp, nullable=False),
     sa.Column("rung_at", Timestamp),

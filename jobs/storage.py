@@ -13,6 +13,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError
+from jobs.failpoints import failpoint
 
 MAX_KEY = 512
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
@@ -105,6 +106,7 @@ class DirStorage:
             self._check_inside(path.parent, key)
             try:
                 _write_through(temporary, data)
+                failpoint("half_put")
                 os.replace(temporary, path)
             except BaseException:
                 temporary.unlink(missing_ok=True)

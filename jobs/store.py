@@ -1,57 +1,33 @@
 """The queue: every statement on the tables, on SQLite and PostgreSQL alike.
 
-The statements that change a job are here, those that add jobs in `store_insert`, those that read in `store_read`;
-nobody else writes SQL or imports the latter two. Each change of state is one guarded UPDATE on database time; a
-guard that does not hold changes no row, and that is an outcome which the caller must handle. The guards come from
-`states.TRANSITIONS`.
+The statements that workers change a job with are in `store_lease`, those that add jobs in `store_insert`, those that
+read in `store_read`; nobody else writes SQL or imports these three. Each change of state is one guarded UPDATE on
+database time; a guard that does not hold changes no row, and that is an outcome which the caller must handle. The
+guards come from `states.TRANSITIONS`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from jobs import store_insert, store_read
+from jobs import store_insert, store_lease, store_read
 from jobs.db import Engines, db_now, open_engines
-from jobs.errors import InvalidSpec, JobConflict, JobNotFound
-from jobs.models import image, job
+from jobs.errors import JobConflict, JobNotFound
+from jobs.failpoints import failpoint
+from jobs.models import job
 from jobs.spec import JobSpec
-from jobs.states import State, sources
+from jobs.states import State
+from jobs.store_lease import NO_LEASE, cancel_wanted, held, is_in, may_become
 from jobs.views import Beat, Claim, Due, JobView, Output, Sweep
 
 #: Seconds until the next attempt after the first error; doubled for each further one.
 BACKOFF_S = 2.0
 MAX_BACKOFF_S = 300.0
-MAX_ERROR_CHARS = 4000
-
-_NO_LEASE: dict[str, Any] = {"lease_expires_at": None}
-
-
-def _is(state: State) -> sa.ColumnElement[bool]:
-    """Written out, not bound: only so does a database see that the partial index of that state answers."""
-    return job.c.state == sa.literal_column(f"'{state}'")
-
-
-def _may_become(target: State) -> sa.ColumnElement[bool]:
-    return job.c.state.in_(sources(target))
-
-
-def _held(claim: Claim) -> sa.ColumnElement[bool]:
-    """The fence: the job runs, and under this very claim."""
-    return sa.and_(job.c.id == claim.job_id, _is(State.running), job.c.lease_token == claim.token)
-
-
-def _expired() -> sa.ColumnElement[bool]:
-    return sa.and_(_is(State.running), job.c.lease_expires_at <= db_now())
-
-
-_cancel_wanted = job.c.cancel_requested_at.is_not(None)
-_attempts_left = job.c.attempts < job.c.max_attempts
 
 
 class Store:
@@ -95,6 +71,7 @@ class Store:
         with self._engines.writer.begin() as connection:
             fresh = store_insert.jobs(connection, rows, batch=batch, rung=rung)
             known = store_read.jobs_of_keys(connection, [row.idempotency_key for row in rows if row.idempotency_key])
+            failpoint("before_insert_commit")
         return [known[row.idempotency_key] if row.idempotency_key else fresh[row.id] for row in rows]
 
     def cancel(self, job_id: UUID) -> State:
@@ -102,10 +79,10 @@ class Store:
 
         Raises JobNotFound, or JobConflict when the job has ended.
         """
-        at_once = _is(State.queued)
+        at_once = is_in(State.queued)
         statement = (
             sa.update(job)
-            .where(job.c.id == job_id, _may_become(State.cancelled))
+            .where(job.c.id == job_id, may_become(State.cancelled))
             .values(
                 state=sa.case((at_once, State.cancelled), else_=job.c.state),
                 finished_at=sa.case((at_once, db_now()), else_=job.c.finished_at),
@@ -120,11 +97,23 @@ class Store:
             return State(state)
 
     def retry(self, job_id: UUID) -> None:
-        """Put a failed job back, with all its attempts. Raises JobNotFound, or JobConflict for any other state."""
+        """Put a failed job back, with all its attempts. Raises JobNotFound, or JobConflict for any other state.
+
+        One that crashed its workers stays a suspect: it comes back alone.
+        """
         statement = (
             sa.update(job)
-            .where(job.c.id == job_id, _is(State.failed))
-            .values(state=State.queued, attempts=0, available_at=db_now(), finished_at=None, rung_at=None, **_NO_LEASE)
+            .where(job.c.id == job_id, is_in(State.failed))
+            .values(
+                state=State.queued,
+                attempts=0,
+                suspect=job.c.solo_crashes > 0,
+                solo_crashes=0,
+                available_at=db_now(),
+                finished_at=None,
+                rung_at=None,
+                **NO_LEASE,
+            )
         )
         with self._engines.writer.begin() as connection:
             if not connection.execute(statement).rowcount:
@@ -138,58 +127,34 @@ class Store:
 
     # The worker's half
 
-    def claim(self, job_id: UUID, worker_id: str, *, lease_s: float = 30.0) -> Claim | None:
+    def claim(self, job_id: UUID, worker_id: str, *, lease_s: float = 30.0, alone: bool = False) -> Claim | None:
         """Take the job for `lease_s` seconds; counts the attempt. None when it is not there to be taken.
 
+        alone: the worker holds nothing else and will not before this one ended; only so does it get a suspect.
         A job whose stored spec this version cannot read fails at once, with the reason.
         """
-        token = uuid4()
-        waiting = sa.and_(_is(State.queued), job.c.available_at <= db_now())
-        statement = (
-            sa.update(job)
-            .where(job.c.id == job_id, sa.or_(waiting, _expired()), _attempts_left, ~_cancel_wanted)
-            .values(
-                state=State.running,
-                attempts=job.c.attempts + 1,
-                lease_token=token,
-                lease_expires_at=db_now(lease_s),
-                worker_id=worker_id,
-                started_at=db_now(),
-            )
-            .returning(job.c.attempts, job.c.spec)
-        )
         with self._engines.writer.begin() as connection:
-            row = connection.execute(statement).one_or_none()
-            if row is None:
-                return None
-            try:
-                return Claim(job_id, token, row.attempts, store_read.stored_spec(row.spec), worker_id)
-            except InvalidSpec as error:
-                self._end(connection, _running_under(job_id, token), State.failed, error=f"the stored spec: {error}")
-                return None
+            claim = store_lease.claim(connection, job_id, worker_id, lease_s, alone=alone)
+            failpoint("before_claim_commit")
+        return claim
+
+    def is_suspect(self, job_id: UUID) -> bool:
+        """Whether the job waits to be claimed alone."""
+        with self._engines.reader.connect() as connection:
+            return store_read.is_suspect(connection, job_id)
 
     def heartbeat(self, worker_id: str, tokens: Collection[UUID], *, lease_s: float = 30.0) -> Beat:
         """Extend this worker's leases of these tokens, in one statement.
 
         A lease that the worker itself gave up is not among them: extended with the rest it would never expire.
         """
-        statement = (
-            sa.update(job)
-            .where(job.c.worker_id == worker_id, _is(State.running), job.c.lease_token.in_(list(tokens)))
-            .values(lease_expires_at=db_now(lease_s))
-            # The bare column: SQLite 3.40 answers "IS NOT NULL" in a RETURNING with true whatever the row holds.
-            .returning(job.c.lease_token, job.c.cancel_requested_at)
-        )
+        failpoint("heartbeat")
         with self._engines.writer.begin() as connection:
-            rows = connection.execute(statement).all()
-        return Beat(
-            held=frozenset(row.lease_token for row in rows if row.cancel_requested_at is None),
-            cancelled=frozenset(row.lease_token for row in rows if row.cancel_requested_at is not None),
-        )
+            return store_lease.beat(connection, worker_id, tokens, lease_s)
 
     def cancel_requested(self, worker_id: str) -> frozenset[UUID]:
         """The tokens of this worker's running jobs that are to be cancelled. Takes no lock: may be asked often."""
-        wanted = sa.select(job.c.lease_token).where(job.c.worker_id == worker_id, _is(State.running), _cancel_wanted)
+        wanted = sa.select(job.c.lease_token).where(job.c.worker_id == worker_id, is_in(State.running), cancel_wanted)
         with self._engines.reader.connect() as connection:
             return frozenset(connection.scalars(wanted))
 
@@ -198,114 +163,68 @@ class Store:
 
         Safe to repeat after an answer that never came: the second call finds its own token and says True.
         """
-        images = [{"job_id": claim.job_id, **store_insert.as_row(output)} for output in outputs]
         with self._engines.writer.begin() as connection:
-            if self._end(connection, sa.and_(_held(claim), ~_cancel_wanted), State.succeeded, error=None):
-                if images:
-                    connection.execute(sa.insert(image), images)
-                return True
-            mine = sa.select(sa.literal(1)).where(
-                job.c.id == claim.job_id, _is(State.succeeded), job.c.lease_token == claim.token
-            )
-            return connection.scalar(mine) is not None
+            shown = store_lease.finish(connection, claim, outputs)
+            failpoint("before_finish_commit")
+        failpoint("after_finish_commit")
+        return shown
 
-    def fail(self, claim: Claim, error: str, *, retry: bool) -> State | None:
+    def fail(self, claim: Claim, error: str, *, retry: bool, traceback: str | None = None) -> State | None:
         """Record the error. With `retry` and attempts left the job waits in the queue, longer each time; else it ends
-        as failed, or as cancelled when that was asked for. The state now; None: the lease is lost."""
-        again = sa.and_(sa.literal(retry), _attempts_left)
-        state = sa.case((_cancel_wanted, State.cancelled), (again, State.queued), else_=State.failed)
-        ended = sa.or_(_cancel_wanted, ~again)
-        statement = (
-            sa.update(job)
-            .where(_held(claim))
-            .values(
-                state=state,
-                error=error.replace("\0", "")[:MAX_ERROR_CHARS],
-                available_at=db_now(self._wait_s(claim.attempt)),
-                finished_at=sa.case((ended, db_now()), else_=None),
-                # The bell was heard; once the wait is over the sweeper rings afresh.
-                rung_at=None,
-                **_NO_LEASE,
-            )
-            .returning(job.c.state)
-        )
+        as failed. The state it is in now; None: the lease is lost. A job that was to be cancelled is.
+        """
+        wait_s = self._wait_s(claim.attempt)
         with self._engines.writer.begin() as connection:
-            state_now = connection.scalar(statement)
-        return None if state_now is None else State(state_now)
+            return store_lease.fail(connection, claim, error, traceback, retry=retry, wait_s=wait_s)
 
     def _wait_s(self, attempt: int) -> float:
         # Between half and all of the doubled time, so that jobs which failed together do not return together.
         return float(min(MAX_BACKOFF_S, self._backoff_s * 2.0 ** (attempt - 1)) * self._rng.uniform(0.5, 1.0))
 
-    def release(self, claim: Claim) -> bool:
-        """Give the job back unrendered, and the attempt with it. False: the lease is lost.
+    def release(
+        self,
+        claim: Claim,
+        *,
+        wait_s: float = 0.0,
+        reason: str | None = None,
+        suspect: bool = False,
+        saved_key: str | None = None,
+    ) -> bool:
+        """Give the job back, and the attempt with it: it was not its fault. False: the lease is lost.
 
+        It may be claimed again after `wait_s`. `reason` is shown as its error meanwhile. `suspect`: it may be what
+        broke a step of many, so it is to be rendered alone. `saved_key`: where its rows are kept.
         A job that was to be cancelled ends here instead.
         """
-        statement = (
-            sa.update(job)
-            .where(_held(claim))
-            .values(
-                state=sa.case((_cancel_wanted, State.cancelled), else_=State.queued),
-                attempts=job.c.attempts - 1,
-                available_at=db_now(),
-                finished_at=sa.case((_cancel_wanted, db_now()), else_=None),
-                rung_at=None,
-                **_NO_LEASE,
-            )
-        )
         with self._engines.writer.begin() as connection:
-            return connection.execute(statement).rowcount == 1
+            return store_lease.release(
+                connection, claim, wait_s=wait_s, reason=reason, suspect=suspect, saved_key=saved_key
+            )
+
+    def vouch(self, claim: Claim) -> bool:
+        """Say that the worker lives although this lease of it expired: nobody crashed, so the job is no suspect.
+
+        False: nothing is left to be said, the job was claimed or ended meanwhile.
+        """
+        with self._engines.writer.begin() as connection:
+            return store_lease.vouch(connection, claim)
 
     def confirm_cancelled(self, claim: Claim) -> bool:
         """End a running job as cancelled, as was asked. False: nobody asked, or the lease is lost."""
         with self._engines.writer.begin() as connection:
-            return self._end(connection, sa.and_(_held(claim), _cancel_wanted), State.cancelled) == 1
+            return store_lease.end(connection, sa.and_(held(claim), cancel_wanted), State.cancelled) == 1
 
     def sweep(self) -> Sweep:
-        """Take back expired leases: cancelled where that was asked, failed without attempts left, else queued again."""
-        lost = sa.literal("the worker ") + sa.func.coalesce(job.c.worker_id, "?") + sa.literal(" stopped answering")
+        """Take back expired leases: cancelled where that was asked, failed when the job crashed its workers alone,
+        else queued again, as suspects."""
         with self._engines.writer.begin() as connection:
-            cancelled = self._end(connection, sa.and_(_expired(), _cancel_wanted), State.cancelled)
-            failed = self._end(connection, sa.and_(_expired(), ~_attempts_left), State.failed, error=lost)
-            requeue = (
-                sa.update(job)
-                .where(_expired())
-                .values(state=State.queued, error=lost, available_at=db_now(), rung_at=None, **_NO_LEASE)
-            )
-            requeued = connection.execute(requeue).rowcount
-        return Sweep(requeued=requeued, failed=failed, cancelled=cancelled)
-
-    def _end(self, connection: Connection, guard: sa.ColumnElement[bool], target: State, **values: Any) -> int:
-        """Jobs that this moved to the terminal state `target`."""
-        statement = (
-            sa.update(job)
-            .where(guard, _may_become(target))
-            .values(state=target, finished_at=db_now(), **_NO_LEASE, **values)
-        )
-        return connection.execute(statement).rowcount
+            return store_lease.sweep(connection)
 
     def due(self, limit: int, *, models: Collection[str] | None = None, older_than_s: float = 0.0) -> list[Due]:
         """At most `limit` queued jobs whose time has come and whose bell was never rung or is older than
         `older_than_s`; the most urgent first, then the oldest. Records that the bell rings now."""
-        bell_old = sa.or_(job.c.rung_at.is_(None), job.c.rung_at <= db_now(-older_than_s))
-        chosen = sa.select(job.c.id).where(_is(State.queued), job.c.available_at <= db_now(), bell_old)
-        if models is not None:
-            chosen = chosen.where(job.c.model.in_(models))
-        # skip_locked (SQLite ignores it): two sweepers share the work, neither waits for the other.
-        chosen = (
-            chosen.order_by(job.c.urgency, job.c.created_at, job.c.id).limit(limit).with_for_update(skip_locked=True)
-        )
-        statement = (
-            sa.update(job)
-            # A CTE, so that PostgreSQL chooses once and never more than `limit`.
-            .where(job.c.id.in_(sa.select(chosen.cte("chosen").c.id)))
-            .values(rung_at=db_now())
-            .returning(job.c.urgency, job.c.created_at, job.c.id, job.c.model)
-        )
         with self._engines.writer.begin() as connection:
-            rows = sorted(connection.execute(statement).all(), key=lambda row: row[:3])
-        return [Due(row.id, row.model, 9 - row.urgency) for row in rows]
+            return store_lease.due(connection, limit, models, older_than_s)
 
     # Reading
 
@@ -343,7 +262,3 @@ class Store:
         """The state of each of these jobs that exists; cheap, for waiting."""
         with self._engines.reader.connect() as connection:
             return store_read.states(connection, job_ids)
-
-
-def _running_under(job_id: UUID, token: UUID) -> sa.ColumnElement[bool]:
-    return sa.and_(job.c.id == job_id, job.c.lease_token == token)

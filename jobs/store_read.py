@@ -87,6 +87,9 @@ def _view(row: Row[tuple[object, ...]], images: Iterable[Output]) -> JobView:
         started_at=row.started_at,
         finished_at=row.finished_at,
         images=tuple(images),
+        traceback=row.traceback,
+        suspect=row.suspect,
+        solo_crashes=row.solo_crashes,
     )
 
 
@@ -126,6 +129,12 @@ def states(connection: Connection, job_ids: Collection[UUID]) -> dict[UUID, Stat
         for some in chunks(list(job_ids))
         for job_id, state in connection.execute(sa.select(job.c.id, job.c.state).where(job.c.id.in_(some)))
     }
+
+
+def is_suspect(connection: Connection, job_id: UUID) -> bool:
+    """Whether the job is queued and a suspect."""
+    waiting = sa.select(sa.literal(1)).where(job.c.id == job_id, job.c.state == State.queued, job.c.suspect.is_(True))
+    return connection.scalar(waiting) is not None
 
 
 def unfinished(connection: Connection, models: Collection[str] | None) -> int:

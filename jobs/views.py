@@ -29,6 +29,8 @@ class JobView:
     """A job as it was when it was read. Times are the database's, in UTC.
 
     stored: its spec, or why this version cannot read the one in its row; one such row must not hide all the others.
+    traceback: of the last error. suspect: it was held by a worker that stopped answering, and is rendered alone.
+    solo_crashes: the workers that it took with it while it was alone.
     """
 
     id: UUID
@@ -41,6 +43,9 @@ class JobView:
     started_at: datetime | None
     finished_at: datetime | None
     images: tuple[Output, ...] = ()
+    traceback: str | None = None
+    suspect: bool = False
+    solo_crashes: int = 0
 
     @property
     def spec(self) -> JobSpec:
@@ -62,13 +67,19 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A worker's right to render a job; every write of the worker must carry its token."""
+    """A worker's right to render a job; every write of the worker must carry its token.
+
+    suspect: it may crash its process, so nothing else may be held beside it. saved_key: where a worker that had to
+    leave kept its rows.
+    """
 
     job_id: UUID
     token: UUID
     attempt: int
     spec: JobSpec
     worker_id: str
+    suspect: bool = False
+    saved_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +92,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """How many expired leases became what."""
+    """How many expired leases became what. requeued: suspects now, to be rendered alone."""
 
     requeued: int
     failed: int
