@@ -91,7 +91,7 @@ class _Plan:
 
 
 def parse(text: str) -> dict[str, _Plan]:
-    """The plans of a setting. Raises ValueError, in one sentence, for a place, action or condition that is not known."""
+    """The plans of a setting. Raises ValueError, in one sentence, for an unknown place, action or condition."""
     return dict(_parse_one(part.strip()) for part in text.split(";") if part.strip())
 
 

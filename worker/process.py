@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Options:
     """Times in seconds. ``concurrency``: jobs held at once, twice what the engine steps together, so that it always
-    has candidates. ``until_empty``: leave when no job of our models is queued or running."""
+    has candidates. ``until_empty``: leave when no job of our models is queued or running. ``acks_late``: a bell is
+    acked when its job has ended, not when it was heard."""
 
     concurrency: int
     lease_s: float = 30.0
@@ -39,6 +40,7 @@ class Options:
     poll_s: float = 1.0
     grace_s: float = 25.0
     until_empty: bool = False
+    acks_late: bool = True
 
 
 def run(services: Services, settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
@@ -90,7 +92,7 @@ class _Worker:
         self._drain.start()
         self._engine.start()
         workshop = self._engine.ready.result()
-        self._app = app = make_app(self._settings.broker_url, workshop.models, concurrency=self._options.concurrency)
+        self._app = app = self._make_app(workshop)
         deps = self._deps(workshop)
         register(app, lambda job_id: render(job_id, deps))
         threads = self._threads(app, workshop)
@@ -116,6 +118,12 @@ class _Worker:
             if not self._slots.closed:
                 log.error("the consumer ended by itself; starting it again")
                 time.sleep(0.2)  # a broker full of garbage must not take a whole core
+
+    def _make_app(self, workshop: Workshop) -> Celery:
+        options = self._options
+        return make_app(
+            self._settings.broker_url, workshop.models, concurrency=options.concurrency, acks_late=options.acks_late
+        )
 
     @property
     def _pace(self) -> Pace:

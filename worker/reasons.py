@@ -17,7 +17,21 @@ class CancelAsked(Interrupted):
 
 
 class Draining(Interrupted):
-    """The process leaves: the job goes back to the queue and keeps its attempt."""
+    """The process leaves: the job goes back to the queue and keeps its attempt.
+
+    ``saved``: its rows as they stand, for whoever goes on with them; None when there is nothing to keep.
+    """
+
+    def __init__(self, why: str, saved: bytes | None = None) -> None:
+        super().__init__(why)
+        self.saved = saved
+
+
+class StepBroke(Interrupted):
+    """A step raised for all of its rows, so any of them may be the reason: the job goes back to be rendered alone.
+
+    ``__cause__`` is what the step raised.
+    """
 
 
 class Unusable(Exception):
