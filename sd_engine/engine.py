@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from sd_engine.packer import Packer
 from sd_engine.passes import first_row, second_row
 from sd_engine.prompts import DEFAULT_CACHE_BYTES
 from sd_engine.request import Finished, Request
-from sd_engine.row import Row
+from sd_engine.row import Lane, Row
 from sd_engine.runner import Runner
 
 # Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
@@ -23,6 +24,18 @@ DEFAULT_MAX_UNITS = 16 * 64 * 64
 
 # Four guided pictures: enough to be worth sharing, few enough that one alone does not wait for long.
 DETERMINISTIC_UNET_ROWS = 8
+
+
+class RunnerLike(Protocol):
+    """What the engine needs of a `Runner`; a row that it cannot prepare, step or decode gets its `error`."""
+
+    def prepare(self, rows: Sequence[Row]) -> None: ...
+    def denoise(self, rows: Sequence[Row], too_large: Callable[[Sequence[Row]], None]) -> None: ...
+    def decode(self, rows: Sequence[Row]) -> list[Finished]: ...
+
+
+MakeRunner = Callable[[Mapping[str, Model], Callable[[Lane], int], int, int], RunnerLike]
+"""(models, U-Net rows that a lane is padded to, bytes of prompts kept, most pictures decoded at once) -> its runner."""
 
 
 class Engine:
@@ -34,6 +47,7 @@ class Engine:
     at a time, so that on a CPU the bits of a picture do not depend on its neighbours. It costs the U-Net rows that
     nobody uses and the threads that do not help.
     cache_bytes: how much of each model's encoded prompts is kept on its device for those who come with the same.
+    make_runner: what makes all tensor operations; another than `Runner` draws other pictures, by the same bookkeeping.
     """
 
     def __init__(
@@ -43,6 +57,7 @@ class Engine:
         max_units: int | None = None,
         deterministic: bool = False,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        make_runner: MakeRunner = Runner,
     ) -> None:
         named = {models.name: models} if isinstance(models, Model) else dict(models)
         if not named:
@@ -53,7 +68,7 @@ class Engine:
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
         decode_limit = 1 if deterministic else DECODE_BATCH
-        self.runner = Runner(named, self.packer.bucket, cache_bytes, decode_limit)
+        self.runner = make_runner(named, self.packer.bucket, cache_bytes, decode_limit)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
 

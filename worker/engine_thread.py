@@ -16,6 +16,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.failpoints import failpoint
 from sd_engine import Finished, Request
 from worker.reasons import Draining
 
@@ -87,6 +88,7 @@ class EngineThread(threading.Thread):
         self._owner: dict[int, UUID] = {}
         self._deadline: float | None = None
         self._step_s = 0.0
+        self._step_began: float | None = None
         self._closed = False
 
     # Called from any thread
@@ -112,6 +114,11 @@ class EngineThread(threading.Thread):
     def close(self) -> None:
         """End the thread; whatever is in flight raises ``Draining``. Call ``join`` to wait for it."""
         self._commands.put(self._close)
+
+    def stuck_s(self) -> float:
+        """Seconds that the step in progress has lasted, on ``clock``; 0.0 while none runs, and while models load."""
+        began = self._step_began  # read once: the thread may end its step meanwhile
+        return 0.0 if began is None else self._clock() - began
 
     # Only in the thread itself
 
@@ -144,11 +151,19 @@ class EngineThread(threading.Thread):
             self._drop_late_groups(self._deadline)
         if self._engine.idle or self._closed:
             return
-        began = self._clock()
-        finished = self._engine.step()
-        self._step_s = 0.8 * (self._step_s or self._clock() - began) + 0.2 * (self._clock() - began)
+        finished = self._timed_step()
         for row in finished:
             self._settle(row)
+
+    def _timed_step(self) -> list[Finished]:
+        began = self._step_began = self._clock()
+        try:
+            failpoint("step")
+            return self._engine.step()
+        finally:
+            self._step_began = None
+            lasted = self._clock() - began
+            self._step_s = 0.8 * (self._step_s or lasted) + 0.2 * lasted
 
     def _obey(self, *, wait: bool) -> None:
         """Run every waiting command; with ``wait``, sleep until there is one."""
