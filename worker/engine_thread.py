@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from jobs.failpoints import failpoint
 from sd_engine import Finished, Request
+from worker.exit_codes import BROKEN
 from worker.reasons import Draining
 
 log = logging.getLogger(__name__)
-
-DIED = 70  # exit code: EX_SOFTWARE; a supervisor starts the process again
 
 Pixels = NDArray[np.uint8]
 """One image: uint8 ``[H, W, 3]``."""
@@ -137,7 +136,7 @@ class EngineThread(threading.Thread):
         except BaseException:
             # Without this thread every task would wait for ever while the heartbeat keeps its lease alive.
             log.critical("the engine thread died; the process leaves", exc_info=True)
-            self._exit(DIED)
+            self._exit(BROKEN)
 
     def _turn_or_start_anew(self) -> None:
         try:

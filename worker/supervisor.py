@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-log = logging.getLogger(__name__)
+from worker.exit_codes import DONE, WRONG_SETTINGS
 
-#: Exit codes of a child that a restart would not change: done, and wrong settings.
-DONE, WRONG_SETTINGS = 0, 2
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 import click
 
 from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
+from worker.exit_codes import BROKEN, UNAVAILABLE, WRONG_SETTINGS
 from worker.reasons import BrokerUnavailable, HubUnavailable
 
-#: Exit codes: 2 a person must change something, 69 (EX_UNAVAILABLE) a service is away and trying again can help,
-#: 70 (EX_SOFTWARE) what nobody foresaw. A supervisor starts the process again after the last two.
-WRONG_SETTINGS, UNAVAILABLE, BROKEN = 2, 69, 70
 #: What the extra `worker` installs and the base does not.
 _EXTRA = ("torch", "numpy", "safetensors", "transformers", "huggingface_hub")
 _AWAY = (DatabaseUnavailable, StorageError, BrokerUnavailable, HubUnavailable)

@@ -11,7 +11,8 @@ import pytest
 from sd_engine import InvalidRequest, Request
 from tests.fakes import FakeEngine, fake_image, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Clock, Gate, once
-from worker.engine_thread import DIED, EngineThread, Workshop
+from worker.engine_thread import EngineThread, Workshop
+from worker.exit_codes import BROKEN
 from worker.reasons import CancelAsked, Draining
 
 
@@ -165,4 +166,4 @@ def test_a_thread_that_cannot_go_on_ends_the_process() -> None:
     thread.render(uuid4(), [request()])
     assert died.wait(PATIENCE_S)
     thread.join(PATIENCE_S)
-    assert codes == [DIED]
+    assert codes == [BROKEN]

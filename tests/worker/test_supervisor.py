@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.worker.helpers import PATIENCE_S
-from worker.supervisor import WRONG_SETTINGS, BackOff, Supervisor
+from worker.exit_codes import WRONG_SETTINGS
+from worker.supervisor import BackOff, Supervisor
 
 QUICK = BackOff(first_s=0.01, most_s=0.05, forgiven_s=60.0)
 
