@@ -22,7 +22,7 @@ from jobs.failpoints import failpoint
 from jobs.models import job
 from jobs.spec import JobSpec
 from jobs.states import State
-from jobs.store_lease import NO_LEASE, cancel_wanted, held, is_in, may_become
+from jobs.store_lease import GIVEN_BACK, cancel_wanted, held, is_in, may_become
 from jobs.views import Beat, Claim, Due, JobView, Output, Sweep
 
 #: Seconds until the next attempt after the first error; doubled for each further one.
@@ -87,6 +87,7 @@ class Store:
                 state=sa.case((at_once, State.cancelled), else_=job.c.state),
                 finished_at=sa.case((at_once, db_now()), else_=job.c.finished_at),
                 cancel_requested_at=sa.func.coalesce(job.c.cancel_requested_at, db_now()),
+                saved_key=sa.case((at_once, None), else_=job.c.saved_key),
             )
             .returning(job.c.state)
         )
@@ -112,7 +113,7 @@ class Store:
                 available_at=db_now(),
                 finished_at=None,
                 rung_at=None,
-                **NO_LEASE,
+                **GIVEN_BACK,
             )
         )
         with self._engines.writer.begin() as connection:
@@ -204,6 +205,7 @@ class Store:
     def vouch(self, claim: Claim) -> bool:
         """Say that the worker lives although this lease of it expired: nobody crashed, so the job is no suspect.
 
+        It must not render the job any more: one that nobody missed yet is released.
         False: nothing is left to be said, the job was claimed or ended meanwhile.
         """
         with self._engines.writer.begin() as connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 from uuid import UUID, uuid4
@@ -21,6 +22,8 @@ MAX_ERROR_CHARS = 4000
 MAX_TRACEBACK_CHARS = 20_000
 
 NO_LEASE: dict[str, Any] = {"lease_expires_at": None}
+#: For a job that its own worker gave back: nothing is left that this worker could still vouch for.
+GIVEN_BACK: dict[str, Any] = {**NO_LEASE, "lease_token": None}
 
 
 def is_in(state: State) -> sa.ColumnElement[bool]:
@@ -133,7 +136,7 @@ def fail(
             finished_at=sa.case((ended, db_now()), else_=None),
             # The bell was heard; once the wait is over the sweeper rings afresh.
             rung_at=None,
-            **NO_LEASE,
+            **GIVEN_BACK,
         )
         .returning(job.c.state)
     )
@@ -147,7 +150,7 @@ def release(
     """Back into the queue with everything that the claim counted. False: the lease is lost."""
     values: dict[str, Any] = {"error": _text(reason, MAX_ERROR_CHARS)} if reason is not None else {}
     values |= {"suspect": True} if suspect else {}
-    values |= {"saved_key": saved_key} if saved_key is not None else {}
+    kept = job.c.saved_key if saved_key is None else sa.literal(saved_key)
     statement = (
         sa.update(job)
         .where(held(claim))
@@ -156,8 +159,9 @@ def release(
             available_at=db_now(wait_s),
             finished_at=sa.case((cancel_wanted, db_now()), else_=None),
             rung_at=None,
+            saved_key=sa.case((cancel_wanted, None), else_=kept),
             **_GIVE_BACK,
-            **NO_LEASE,
+            **GIVEN_BACK,
             **values,
         )
     )
@@ -166,41 +170,53 @@ def release(
 
 def vouch(connection: Connection, claim: Claim) -> bool:
     """Take back what the sweep thought of a lost lease: its worker lives, so the job did not crash it."""
+    if release(connection, claim, wait_s=0.0, reason=None, suspect=False, saved_key=None):
+        return True  # no sweep came yet; the next one would have suspected it after all
     cleared: dict[str, Any] = {"solo_crashes": job.c.solo_crashes - 1} if claim.suspect else {"suspect": False}
     mine = sa.and_(job.c.id == claim.job_id, is_in(State.queued), job.c.lease_token == claim.token, _suspect)
     return connection.execute(sa.update(job).where(mine).values(lease_token=None, **cleared)).rowcount == 1
 
 
 def sweep(connection: Connection) -> Sweep:
-    """Take back expired leases: cancelled where that was asked, failed after the last solo crash, else queued again."""
+    """Take back expired leases: cancelled where that was asked, failed after the last solo crash, else queued again.
+
+    One statement, for leases expire and cancels arrive at any moment: a row that only a second statement met would
+    be queued for ever with its cancel, or be tried once more than the limit.
+    """
     lost = sa.literal("the worker ") + sa.func.coalesce(job.c.worker_id, "?") + sa.literal(" stopped answering")
     alone = sa.literal(" while it rendered this job alone, as did those before it")
-    crasher = sa.and_(_expired(), _suspect, job.c.solo_crashes >= MAX_SOLO_CRASHES)
-    cancelled = end(connection, sa.and_(_expired(), cancel_wanted), State.cancelled)
-    failed = end(connection, crasher, State.failed, error=lost + alone, attempts=job.c.attempts - 1)
-    requeue = (
+    crasher = sa.and_(_suspect, job.c.solo_crashes >= MAX_SOLO_CRASHES)
+    # skip_locked: never waits, so it cannot deadlock with a heartbeat that takes the same rows in another order.
+    chosen = sa.select(job.c.id).where(_expired()).with_for_update(skip_locked=True).cte("chosen")
+    statement = (
         sa.update(job)
-        .where(_expired())
+        .where(job.c.id.in_(sa.select(chosen.c.id)), _expired())
         .values(
-            state=State.queued,
+            state=sa.case((cancel_wanted, State.cancelled), (crasher, State.failed), else_=State.queued),
+            error=sa.case((cancel_wanted, job.c.error), (crasher, lost + alone), else_=lost),
             suspect=True,
             # A lost worker is no error of the job; only what it does alone is held against it.
             attempts=job.c.attempts - 1,
-            error=lost,
+            # What it had saved may be what it crashes of.
+            saved_key=sa.case((sa.or_(cancel_wanted, _suspect), None), else_=job.c.saved_key),
             available_at=db_now(),
+            finished_at=sa.case((sa.or_(cancel_wanted, crasher), db_now()), else_=None),
             rung_at=None,
             **NO_LEASE,
         )
+        .returning(job.c.state)
     )
-    return Sweep(requeued=connection.execute(requeue).rowcount, failed=failed, cancelled=cancelled)
+    became = Counter(connection.scalars(statement))
+    return Sweep(became[State.queued], failed=became[State.failed], cancelled=became[State.cancelled])
 
 
 def end(connection: Connection, guard: sa.ColumnElement[bool], target: State, **values: Any) -> int:
-    """Jobs that this moved to the terminal state `target`."""
+    """Jobs that their own workers moved to the terminal state `target`: whatever they were suspected of, no crash."""
+    solo_crashes = job.c.solo_crashes - _one_if_suspect
     statement = (
         sa.update(job)
         .where(guard, may_become(target))
-        .values(state=target, finished_at=db_now(), saved_key=None, **NO_LEASE, **values)
+        .values(state=target, finished_at=db_now(), saved_key=None, solo_crashes=solo_crashes, **NO_LEASE, **values)
     )
     return connection.execute(statement).rowcount
 
@@ -225,4 +241,4 @@ def due(connection: Connection, limit: int, models: Collection[str] | None, olde
 
 
 def _text(text: str, limit: int) -> str:
-    return text.replace("\0", "")[:limit]
+    return hide(text).replace("\0", "")[:limit]

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from jobs.db import db_now
 from jobs.errors import InvalidSpec, JobConflict, JobNotFound
-from jobs.models import MAX_ATTEMPTS, job
+from jobs.models import MAX_ATTEMPTS, MAX_SOLO_CRASHES, job
 from jobs.spec import JobSpec
 from jobs.states import TRANSITIONS, State, sources
 from jobs.store import Store
@@ -29,10 +29,22 @@ def submitted(store: Store, spec: JobSpec = SPEC) -> UUID:
     return store.submit([spec])[0].id
 
 
-def claimed(store: Store, job_id: UUID | None = None, *, lease_s: float = 30.0) -> Claim:
-    claim = store.claim(job_id or submitted(store), "worker-1", lease_s=lease_s)
+def claimed(store: Store, job_id: UUID | None = None, *, lease_s: float = 30.0, alone: bool = False) -> Claim:
+    claim = store.claim(job_id or submitted(store), "worker-1", lease_s=lease_s, alone=alone)
     assert claim is not None
     return claim
+
+
+def lost(store: Store, job_id: UUID | None = None, *, alone: bool = False) -> Claim:
+    """A claim whose worker stopped answering, swept up."""
+    claim = claimed(store, job_id, lease_s=EXPIRED_S, alone=alone)
+    assert store.sweep() == Sweep(requeued=1, failed=0)
+    return claim
+
+
+def row(store: Store, job_id: UUID) -> sa.Row[tuple[object, ...]]:
+    with store.engines.reader.connect() as connection:
+        return connection.execute(sa.select(job).where(job.c.id == job_id)).one()
 
 
 def test_a_new_job_is_queued_with_seed_and_time(store: Store) -> None:
@@ -101,18 +113,112 @@ def test_there_is_nothing_to_claim_in_an_unknown_job(store: Store) -> None:
     assert store.claim(uuid4(), "worker-1") is None
 
 
-def test_an_expired_lease_passes_to_the_next_worker_and_the_first_is_fenced_out(store: Store) -> None:
-    old = claimed(store, lease_s=EXPIRED_S)
-    new = store.claim(old.job_id, "worker-2")
+def test_a_swept_lease_passes_to_the_next_worker_and_the_first_is_fenced_out(store: Store) -> None:
+    old = lost(store)
+    new = store.claim(old.job_id, "worker-2", alone=True)
     assert new is not None
-    assert (new.attempt, new.token != old.token) == (2, True)
+    assert (new.attempt, new.token != old.token) == (1, True)
     assert store.finish(old, [picture()]) is False
     assert store.fail(old, "late", retry=True) is None
     assert store.release(old) is False
+    assert store.vouch(old) is False
     assert store.confirm_cancelled(old) is False
     assert store.get(old.job_id).state == State.running
     assert store.finish(new, [picture()]) is True
     assert store.finish(old, [picture()]) is False
+
+
+def test_only_the_sweep_takes_an_expired_lease(store: Store) -> None:
+    claim = claimed(store, lease_s=EXPIRED_S)
+    assert store.claim(claim.job_id, "worker-2") is None
+    assert store.claim(claim.job_id, "worker-2", alone=True) is None
+    assert store.finish(claim, [picture()])  # nobody missed it, so it was in time
+
+
+def test_a_lost_worker_costs_no_attempt_and_makes_a_suspect_that_is_claimed_alone(store: Store) -> None:
+    claim = lost(store)
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts, view.suspect, view.solo_crashes) == (State.queued, 0, True, 0)
+    assert view.error == "the worker worker-1 stopped answering"
+    assert store.is_suspect(claim.job_id)
+    assert store.claim(claim.job_id, "worker-2") is None
+    again = claimed(store, claim.job_id, alone=True)
+    assert (again.suspect, again.attempt) == (True, 1)
+    assert store.get(claim.job_id).solo_crashes == 1  # counted now: a crash counts nothing any more
+    assert not store.is_suspect(claim.job_id)
+
+
+def test_a_job_that_is_no_suspect_may_be_claimed_alone_too(store: Store) -> None:
+    claim = claimed(store, alone=True)
+    assert not claim.suspect
+    assert store.release(claim)
+    assert store.get(claim.job_id).solo_crashes == 0
+
+
+def test_a_poison_job_fails_after_its_last_crash_alone(store: Store) -> None:
+    job_id = lost(store).job_id
+    for _ in range(MAX_SOLO_CRASHES - 1):
+        lost(store, job_id, alone=True)
+    claimed(store, job_id, lease_s=EXPIRED_S, alone=True)
+    assert store.sweep() == Sweep(requeued=0, failed=1)
+    view = store.get(job_id)
+    assert (view.state, view.attempts, view.solo_crashes) == (State.failed, 0, MAX_SOLO_CRASHES)
+    assert (
+        view.error == "the worker worker-1 stopped answering while it rendered this job alone, as did those before it"
+    )
+    assert view.finished_at is not None
+    store.retry(job_id)
+    assert (store.get(job_id).solo_crashes, store.is_suspect(job_id)) == (0, True)
+
+
+@pytest.mark.parametrize("end", ["finish", "fail", "release", "cancel"])
+def test_a_suspect_that_ends_in_order_is_charged_with_no_crash(store: Store, end: str) -> None:
+    claim = claimed(store, lost(store).job_id, alone=True)
+    match end:
+        case "finish":
+            assert store.finish(claim, [picture()])
+        case "fail":
+            assert store.fail(claim, "boom", retry=True) == State.queued
+        case "release":
+            assert store.release(claim)
+        case "cancel":
+            store.cancel(claim.job_id)
+            assert store.confirm_cancelled(claim)
+    assert store.get(claim.job_id).solo_crashes == 0
+
+
+def test_a_worker_that_lost_its_lease_but_lives_takes_the_suspicion_back(store: Store) -> None:
+    claim = lost(store)
+    assert store.vouch(claim)
+    assert not store.is_suspect(claim.job_id)
+    assert not store.vouch(claim)
+    alone = lost(store, lost(store).job_id, alone=True)
+    assert store.vouch(alone)
+    assert (store.get(alone.job_id).solo_crashes, store.is_suspect(alone.job_id)) == (0, True)
+    assert not store.vouch(alone)
+
+
+def test_a_worker_that_vouches_before_the_sweep_gives_the_job_back(store: Store) -> None:
+    claim = claimed(store, lease_s=EXPIRED_S)
+    assert store.vouch(claim)
+    assert store.sweep() == Sweep(0, 0, 0)
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts, view.suspect) == (State.queued, 0, False)
+
+
+@pytest.mark.parametrize("how", ["release", "retry"])
+def test_nobody_vouches_for_a_job_that_came_back_another_way(store: Store, how: str) -> None:
+    """Else a crash that was given back once would be given back twice."""
+    claim = claimed(store, lost(store).job_id, alone=True, lease_s=EXPIRED_S)
+    if how == "release":
+        assert store.release(claim, suspect=True)
+    else:
+        with store.engines.writer.begin() as connection:
+            connection.execute(sa.update(job).values(solo_crashes=MAX_SOLO_CRASHES))
+        assert store.sweep().failed == 1
+        store.retry(claim.job_id)
+    assert not store.vouch(claim)
+    assert (store.get(claim.job_id).solo_crashes, store.is_suspect(claim.job_id)) == (0, True)
 
 
 def test_finish_records_the_images(store: Store) -> None:
@@ -133,11 +239,11 @@ def test_a_repeated_finish_knows_its_own_result(store: Store) -> None:
 
 
 def test_heartbeat_extends_what_is_held_and_tells_what_is_not(store: Store) -> None:
-    held, lost, wanted = (claimed(store, lease_s=EXPIRED_S) for _ in range(3))
-    assert store.claim(lost.job_id, "worker-2") is not None
+    gone = lost(store)
+    held, wanted = (claimed(store, lease_s=EXPIRED_S) for _ in range(2))
     store.cancel(wanted.job_id)
     assert store.cancel_requested("worker-1") == {wanted.token}
-    beat = store.heartbeat("worker-1", [held.token, lost.token, wanted.token])
+    beat = store.heartbeat("worker-1", [held.token, gone.token, wanted.token])
     assert beat == Beat(held=frozenset({held.token}), cancelled=frozenset({wanted.token}))
     assert store.sweep() == Sweep(0, 0, 0)
     assert store.heartbeat("nobody", [held.token]).held == frozenset()
@@ -239,19 +345,92 @@ def test_retry_takes_failed_jobs_only(store: Store) -> None:
         store.get(uuid4())
 
 
-def test_sweep_decides_by_cancel_and_attempts(store: Store) -> None:
-    alive, expired, exhausted, wanted = (submitted(store) for _ in range(4))
+def test_sweep_decides_by_cancel_and_crashes(store: Store) -> None:
+    crasher = lost(store).job_id
+    for _ in range(MAX_SOLO_CRASHES - 1):
+        lost(store, crasher, alone=True)
+    claimed(store, crasher, lease_s=EXPIRED_S, alone=True)
+    alive, expired, wanted = (submitted(store) for _ in range(3))
     claimed(store, alive)
-    for _ in range(MAX_ATTEMPTS):
-        claimed(store, exhausted, lease_s=EXPIRED_S)
     claimed(store, expired, lease_s=EXPIRED_S)
     claimed(store, wanted, lease_s=EXPIRED_S)
     store.cancel(wanted)
     assert store.sweep() == Sweep(requeued=1, failed=1, cancelled=1)
-    states = {job_id: store.get(job_id).state for job_id in (alive, expired, exhausted, wanted)}
-    assert list(states.values()) == [State.running, State.queued, State.failed, State.cancelled]
-    assert store.get(exhausted).error == "the worker worker-1 stopped answering"
+    states = [store.get(job_id).state for job_id in (alive, expired, crasher, wanted)]
+    assert states == [State.running, State.queued, State.failed, State.cancelled]
     assert store.sweep() == Sweep(0, 0, 0)
+
+
+def test_a_lost_worker_spends_no_attempt_of_a_job_that_had_only_one_left(store: Store) -> None:
+    job_id = submitted(store)
+    with store.engines.writer.begin() as connection:
+        connection.execute(sa.update(job).values(attempts=MAX_ATTEMPTS - 1))
+    lost(store, job_id)
+    assert claimed(store, job_id, alone=True).attempt == MAX_ATTEMPTS
+
+
+def test_a_released_job_may_wait_with_a_reason_and_keeps_where_its_rows_are(
+    store: Store, end_waiting: Callable[[], None]
+) -> None:
+    claim = claimed(store)
+    assert store.release(claim, wait_s=60, reason="403 Forbidden", saved_key="saved/a")
+    view = store.get(claim.job_id)
+    assert (view.state, view.attempts, view.error, view.suspect) == (State.queued, 0, "403 Forbidden", False)
+    assert store.claim(claim.job_id, "worker-1") is None
+    end_waiting()
+    again = claimed(store, claim.job_id)
+    assert again.saved_key == "saved/a"
+    assert store.release(again)  # not a step further: what was saved still holds
+    assert claimed(store, claim.job_id).saved_key == "saved/a"
+
+
+def test_a_step_that_broke_for_many_makes_suspects_and_costs_nothing(store: Store) -> None:
+    claim = claimed(store)
+    assert store.release(claim, reason="the step broke", suspect=True)
+    view = store.get(claim.job_id)
+    assert (view.attempts, view.solo_crashes, view.suspect) == (0, 0, True)
+
+
+@pytest.mark.parametrize("end", ["finish", "fail", "cancel", "cancel queued", "cancelled release", "crash alone"])
+def test_saved_rows_are_forgotten_with_the_end_or_what_they_may_have_caused(store: Store, end: str) -> None:
+    """What no row names any more is an orphan, which `prune` removes."""
+    saved = claimed(store, lost(store).job_id if end == "crash alone" else None, alone=True)
+    assert store.release(saved, saved_key="saved/a")
+    job_id = saved.job_id
+    match end:
+        case "finish":
+            store.finish(claimed(store, job_id), [picture()])
+        case "fail":
+            store.fail(claimed(store, job_id), "boom", retry=True)
+        case "cancel":
+            claim = claimed(store, job_id)
+            store.cancel(job_id)
+            store.confirm_cancelled(claim)
+        case "cancel queued":
+            store.cancel(job_id)
+        case "cancelled release":
+            claim = claimed(store, job_id)
+            store.cancel(job_id)
+            store.release(claim, saved_key="saved/b")
+        case "crash alone":
+            lost(store, job_id, alone=True)
+    assert row(store, job_id).saved_key is None
+
+
+def test_a_crash_in_company_leaves_the_saved_rows_to_the_next(store: Store) -> None:
+    saved = claimed(store)
+    assert store.release(saved, saved_key="saved/a")
+    lost(store, saved.job_id)
+    assert claimed(store, saved.job_id, alone=True).saved_key == "saved/a"
+
+
+def test_the_traceback_of_the_last_error_is_kept_and_cut(store: Store) -> None:
+    claim = claimed(store)
+    store.fail(claim, "boom", retry=False, traceback="Traceback\0" + "x" * 50_000)
+    traceback = store.get(claim.job_id).traceback
+    assert traceback is not None
+    assert traceback.startswith("Tracebackx")
+    assert len(traceback) <= 20_000
 
 
 def test_due_is_urgent_first_then_oldest_and_rings_once(store: Store) -> None:
