@@ -65,9 +65,32 @@ def redis_server(*arguments: str, port: int | None = None) -> Iterator[str]:
             yield f"redis://127.0.0.1:{port}/0"
 
 
+class Cluster:
+    """A PostgreSQL cluster that can be stopped and started again; `url` is that of its maintenance database."""
+
+    def __init__(self, command: Sequence[str], url: str, user: str | None, folder: Path) -> None:
+        self.url = url
+        self._command, self._user, self._folder = command, user, folder
+        self._stack = contextlib.ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Return once it answers; what an immediate stop left behind is recovered first."""
+        server = running(self._command, lambda: _connects(self.url), user=self._user, cwd=self._folder)
+        self._process = self._stack.enter_context(server)
+
+    def stop(self, *, immediate: bool = False) -> None:
+        """Stop it; `immediate`: as after a crash, without a word to the clients' transactions."""
+        if self._process is not None and immediate:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(timeout=30)
+        self._process = None
+        self._stack.close()
+
+
 @contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
-    """A fresh PostgreSQL cluster; yields the URL of its maintenance database."""
+def postgres_cluster() -> Iterator[Cluster]:
+    """A fresh PostgreSQL cluster, started."""
     user = "nobody" if os.geteuid() == 0 else None  # the server refuses to run as root
     folder = Path(tempfile.mkdtemp(prefix="nightshift-postgres-"))
     try:
@@ -81,11 +104,21 @@ def postgres_server() -> Iterator[str]:
         command = [str(binaries / "postgres"), "-D", str(data), "-p", str(port)]
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         command += [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-        with running(command, lambda: _connects(url), user=user, cwd=folder):
-            yield url
+        cluster = Cluster(command, f"postgresql://postgres@127.0.0.1:{port}/postgres", user, folder)
+        cluster.start()
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[str]:
+    """A fresh PostgreSQL cluster; yields the URL of its maintenance database."""
+    with postgres_cluster() as cluster:
+        yield cluster.url
 
 
 @contextlib.contextmanager
@@ -94,8 +127,12 @@ def fresh_database(server_url: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
+    try:
         yield server_url.rpartition("/")[0] + f"/{name}"
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    finally:
+        # A new connection: the server may have been restarted meanwhile.
+        with psycopg.connect(server_url, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 @contextlib.contextmanager
