@@ -13,6 +13,8 @@ from uuid import UUID
 
 from celery import Celery
 
+from jobs.redaction import shown_url
+
 log = logging.getLogger(__name__)
 
 TASK = "nightshift.render"
@@ -71,6 +73,7 @@ class Bell:
     """The producer's bell. With `memory://` it never rings: that broker lives inside the worker, which looks itself."""
 
     def __init__(self, broker_url: str) -> None:
+        self._broker_url = broker_url
         self.rings = not broker_url.startswith("memory:")
         self._app = Celery("nightshift-producer", broker=broker_url, set_as_current=False)
         self._app.conf.update(
@@ -94,7 +97,7 @@ class Bell:
         except Exception as error:  # redis', kombu's and the socket's own kinds; none of them may undo a commit
             log.warning(
                 "the broker %s does not answer (%s); the jobs are stored and the workers' sweeper will find them",
-                self._app.connection().as_uri(),
+                shown_url(self._broker_url),
                 type(error).__name__,
             )
         return rung

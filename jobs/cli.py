@@ -11,6 +11,7 @@ import click
 import sqlalchemy.exc
 
 from jobs.errors import BadFile, InvalidSpec, JobNotFound, NightshiftError, SettingsError
+from jobs.redaction import guard_tracebacks, hide
 
 GROUP = "nightshift.commands"
 _WRONG_INPUT = (BadFile, InvalidSpec, JobNotFound, SettingsError)
@@ -46,10 +47,10 @@ class EntryPointGroup(click.Group):
         try:
             return super().invoke(ctx)
         except NightshiftError as error:
-            raise (Wrong if isinstance(error, _WRONG_INPUT) else Failed)(str(error)) from error
+            raise (Wrong if isinstance(error, _WRONG_INPUT) else Failed)(hide(str(error))) from error
         except sqlalchemy.exc.DBAPIError as error:  # the connection broke in the middle
             reason = str(error.orig).strip().splitlines()[0] if error.orig else "no reason given"
-            raise Failed(f"the database stopped answering: {reason}") from error
+            raise Failed(f"the database stopped answering: {hide(reason)}") from error
 
 
 def load(point: EntryPoint) -> click.Command:
@@ -94,6 +95,7 @@ def nightshift() -> None:
 
 def main() -> None:
     """The console script."""
+    guard_tracebacks()
     nightshift(prog_name="nightshift")
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from jobs.errors import DatabaseUnavailable, SettingsError
 from jobs.models import Timestamp
+from jobs.redaction import check_authority, shown_url
 
 #: How long a SQLite writer waits for another process's transaction before it gives up.
 BUSY_TIMEOUT_S = 10.0
@@ -65,7 +66,7 @@ class Engines:
     @property
     def shown(self) -> str:
         """The URL without its password."""
-        return self.writer.url.render_as_string(hide_password=True)
+        return shown_url(self.writer.url.render_as_string(hide_password=True))
 
     def dispose(self) -> None:
         """Close every pooled connection."""
@@ -76,12 +77,16 @@ class Engines:
 def parse_url(database_url: str) -> URL:
     """The URL with the driver that we use. Raises SettingsError for a database that we do not know."""
     try:
+        if not database_url.startswith("sqlite"):  # whose path may have an @
+            check_authority(database_url)
         url = sa.make_url(database_url)
     except sa.exc.ArgumentError:
         raise SettingsError(
             "NIGHTSHIFT_DATABASE_URL is no database URL; write sqlite:////dir/nightshift.db "
             "or postgresql://user:password@host/name"
         ) from None
+    except ValueError as error:
+        raise SettingsError(f"NIGHTSHIFT_DATABASE_URL {error}") from None
     backend = url.drivername.partition("+")[0]
     if backend == "postgres" or url.drivername == "postgresql":
         return url.set(drivername="postgresql+psycopg")

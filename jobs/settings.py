@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import SettingsError
 from jobs.fields import ALLOWED, MODEL_NAME
+from jobs.redaction import check_authority
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")
@@ -85,7 +86,12 @@ class Settings(BaseSettings):
     @field_validator("broker_url")
     @classmethod
     def _known_broker(cls, url: str) -> str:
-        return _known_scheme(url, BROKER_SCHEMES, "filesystem:// and sqla:// lose messages")
+        _known_scheme(url, BROKER_SCHEMES, "filesystem:// and sqla:// lose messages")
+        for one in url.split(";"):  # several: where to go when the first does not answer
+            check_authority(one)
+            if re.search(r"[?&](?:password|username)=", one):
+                raise ValueError("has a name or password in its query; write it before the host: //name:password@host")
+        return url
 
     @field_validator("storage_url")
     @classmethod

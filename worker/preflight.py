@@ -1,12 +1,12 @@
 """What a worker needs of the outside, looked at before anything heavy is loaded: wrong settings answer at once."""
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from kombu import Connection
 
 from jobs import schema
+from jobs.redaction import hide, shown_url
 from jobs.settings import Settings
 from jobs.storage import Storage, open_storage
 from jobs.store import Store
@@ -50,17 +50,11 @@ def check_broker(url: str) -> None:
     """Raises ``BrokerUnavailable`` in one sentence when nothing answers at ``url``."""
     if is_embedded(url):
         return
-    with Connection(url, connect_timeout=5, transport_options={"socket_connect_timeout": 5}) as connection:
-        try:
+    try:
+        with Connection(url, connect_timeout=5, transport_options={"socket_connect_timeout": 5}) as connection:
             connection.ensure_connection(max_retries=1, timeout=6)
-        except Exception as error:  # kombu's own errors, redis', or the socket's
-            raise BrokerUnavailable(
-                f"the broker {shown_broker(url)} does not answer: {str(error).rstrip('.')}; "
-                "start it or set NIGHTSHIFT_BROKER_URL"
-            ) from None
-
-
-def shown_broker(url: str) -> str:
-    """The URL without its password."""
-    parts = urlsplit(url)
-    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@", 1)
+    except Exception as error:  # kombu's own errors, redis', or the socket's; a KeyError for a bad ssl_cert_reqs
+        raise BrokerUnavailable(
+            f"the broker {shown_url(url)} does not answer: {hide(str(error)).rstrip('.')}; "
+            "start it or set NIGHTSHIFT_BROKER_URL"
+        ) from None

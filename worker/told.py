@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import click
 
 from jobs.errors import DatabaseUnavailable, NightshiftError, StorageError
+from jobs.redaction import hide
 from worker.exit_codes import BROKEN, UNAVAILABLE, WRONG_SETTINGS
 from worker.reasons import BrokerUnavailable, HubUnavailable
 
@@ -28,7 +29,7 @@ def told_in_a_sentence() -> Iterator[None]:
         click.echo(f"This command needs {error.name}: pip install 'nightshift[worker]'", err=True)
         raise SystemExit(WRONG_SETTINGS) from None
     except NightshiftError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {hide(str(error))}", err=True)
         raise SystemExit(UNAVAILABLE if isinstance(error, _AWAY) else WRONG_SETTINGS) from None
     except (click.ClickException, click.exceptions.Exit, click.Abort):
         raise

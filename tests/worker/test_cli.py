@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from jobs import Settings, StorageError
+from jobs.redaction import shown_url
 from worker import THIS_WORKER
 from worker.cli import child_command, demo, worker
 from worker.logs import JsonFormatter
-from worker.preflight import open_services, shown_broker
+from worker.preflight import open_services
 from worker.process import worker_name
 
 
@@ -49,9 +50,9 @@ def test_every_start_has_a_name_of_its_own() -> None:
 
 
 def test_passwords_are_not_shown() -> None:
-    assert shown_broker("redis://user:secret@host:6379/0") == "redis://user:***@host:6379/0"
-    assert shown_broker("redis://:secret@host:6379/0") == "redis://:***@host:6379/0"
-    assert shown_broker("redis://host:6379/0") == "redis://host:6379/0"
+    assert shown_url("redis://user:secret@host:6379/0") == "redis://user:***@host:6379/0"
+    assert shown_url("redis://:secret@host:6379/0") == "redis://:***@host:6379/0"
+    assert shown_url("redis://host:6379/0") == "redis://host:6379/0"
 
 
 def test_json_log_lines_are_one_object_each() -> None:
