@@ -92,7 +92,7 @@ class EngineThread(threading.Thread):
 
     # Called from any thread
 
-    def render(self, key: UUID, requests: Sequence[Request]) -> Future[list[Pixels]]:
+    def render(self, key: UUID, requests: Sequence[Request], saved: bytes | None = None) -> Future[list[Pixels]]:
         """One image (uint8 ``[H, W, 3]``) per request, in order.
 
         The future raises the first error of a row (its sister rows leave too), ``InvalidRequest`` when the engine

@@ -1,8 +1,7 @@
 """The claims this process holds right now, shared by the task threads and the heartbeat."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -13,38 +12,68 @@ from worker.reasons import Interrupted, LeaseLost
 @dataclass(slots=True)
 class Lease:
     """One held claim. ``trusted_since``: a monotonic time *before* the statement that last extended it; ``stored``:
-    the keys of the objects that may have been uploaded under it."""
+    the keys of the objects that may have been uploaded under it; ``drawn``: the engine is done with it."""
 
     claim: Claim
     trusted_since: float
     reason: Interrupted | None = None
     stored: list[str] = field(default_factory=list)
+    drawn: bool = False
+    _interrupted: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
         """Raise the reason when the claim was interrupted meanwhile; looked at between the stages of a job."""
         if self.reason is not None:
             raise self.reason
 
+    def pause(self, seconds: float) -> None:
+        """Wait that long, or until the claim is interrupted; then raise the reason."""
+        self._interrupted.wait(seconds)
+        self.check()
+
+    def interrupt(self, reason: Interrupted) -> None:
+        """Only the first reason counts."""
+        self.reason = self.reason or reason
+        self._interrupted.set()
+
 
 class Leases:
-    """Held claims by token. ``interrupt`` is called with a token and a reason, from the heartbeat's thread."""
+    """Held claims by token. ``interrupt`` is called with a token and a reason, from the heartbeat's thread.
+
+    ``lost``: claims whose lease ran out while this process lived, until the database has heard that it does.
+    """
 
     def __init__(self, interrupt: Callable[[UUID, Interrupted], None]) -> None:
         self._interrupt_rows = interrupt
         self._held: dict[UUID, Lease] = {}
+        self._lost: dict[UUID, Claim] = {}
         self._lock = threading.Lock()
 
-    @contextmanager
-    def hold(self, claim: Claim, since: float) -> Iterator[Lease]:
-        """Register ``claim`` for the heartbeat while the block runs."""
+    def take(self, claim: Claim, since: float) -> Lease:
+        """Register ``claim`` for the heartbeat."""
         lease = Lease(claim, since)
         with self._lock:
             self._held[claim.token] = lease
-        try:
-            yield lease
-        finally:
+        return lease
+
+    def drop(self, lease: Lease) -> None:
+        """The claim has ended, or is left to its lease. Harmless when repeated."""
+        with self._lock:
+            self._held.pop(lease.claim.token, None)
+
+    def lose(self, claim: Claim) -> None:
+        """Remember a claim whose lease ran out although this process lives."""
+        with self._lock:
+            self._lost[claim.token] = claim
+
+    def vouch_for_lost(self, tell: Callable[[Claim], object]) -> None:
+        """Tell the database of each lost claim; those for which it does not answer stay for the next time."""
+        with self._lock:
+            lost = list(self._lost.values())
+        for claim in lost:
+            tell(claim)
             with self._lock:
-                del self._held[claim.token]
+                self._lost.pop(claim.token, None)
 
     def held(self) -> dict[UUID, Lease]:
         """A snapshot: claims taken later are not in it, so a beat that began earlier cannot call them lost."""
@@ -63,7 +92,7 @@ class Leases:
             lease = self._held.get(token)
             if lease is None:
                 return
-            lease.reason = lease.reason or reason
+            lease.interrupt(reason)
         self._interrupt_rows(token, reason)
 
     def fence(self, older_than: float) -> list[UUID]:

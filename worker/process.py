@@ -11,19 +11,23 @@ from uuid import uuid4
 from celery import Celery
 
 from jobs import bell
+from jobs.redaction import shown_url
 from jobs.settings import Settings
 from jobs.store import Store
 from jobs.views import Due
 from worker.app import Consumer, is_embedded, make_app, register, stop_consuming
+from worker.delivery import Outside
 from worker.drain import Drain, DrainSteps
 from worker.engine_thread import EngineThread, Workshop
 from worker.heartbeat import Heartbeat
 from worker.leases import Leases
 from worker.periodic import Periodic
-from worker.preflight import Services, shown_broker
+from worker.preflight import Services
 from worker.slots import Slots
+from worker.solitude import Solitude
 from worker.sweeper import Pace, Sweeper, pace_for
 from worker.tasks import Deps, render
+from worker.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,8 @@ log = logging.getLogger(__name__)
 class Options:
     """Times in seconds. ``concurrency``: jobs held at once, twice what the engine steps together, so that it always
     has candidates. ``until_empty``: leave when no job of our models is queued or running. ``acks_late``: a bell is
-    acked when its job has ended, not when it was heard."""
+    acked when its pictures are drawn, not when it was heard. ``patience_s``: how long finished pictures wait for a
+    storage that is away; then their job waits ``snooze_s`` in the queue."""
 
     concurrency: int
     lease_s: float = 30.0
@@ -41,6 +46,8 @@ class Options:
     grace_s: float = 25.0
     until_empty: bool = False
     acks_late: bool = True
+    patience_s: float = 600.0
+    snooze_s: float = 60.0
 
 
 def run(services: Services, settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
@@ -81,8 +88,11 @@ class _Worker:
         self._leases = Leases(engine.interrupt)
         self._app: Celery | None = None
         self._slots = Slots(options.concurrency, forget_s=self._pace.bell_age_s, clock=time.monotonic)
+        self._solitude = Solitude()
+        # As many again as are being drawn: a storage that hangs for a moment is not noticed by the engine.
+        self._uploads = Uploads(2 * options.concurrency)
         self._drain = Drain(
-            DrainSteps(self._slots.close, engine.drain, self._stop_consuming, self._release_all),
+            DrainSteps(self._admit_nothing, engine.drain, self._stop_consuming, self._release_all),
             grace_s=options.grace_s,
         )
 
@@ -99,6 +109,7 @@ class _Worker:
         for thread in threads:
             thread.start()
         self._consume(app, workshop)
+        self._uploads.join()
         for thread in threads:
             thread.stop()
         self._engine.close()
@@ -131,11 +142,14 @@ class _Worker:
 
     def _deps(self, workshop: Workshop) -> Deps:
         return Deps(
-            store=self._store,
-            storage=self._storage,
+            outside=Outside(
+                self._store, self._storage, patience_s=self._options.patience_s, snooze_s=self._options.snooze_s
+            ),
             engine=self._engine,
             leases=self._leases,
             slots=self._slots,
+            solitude=self._solitude,
+            uploads=self._uploads,
             worker_id=self._id,
             lease_s=self._options.lease_s,
             broken=workshop.broken,
@@ -173,9 +187,13 @@ class _Worker:
             ", ".join(f"{name} (broken)" if name in workshop.broken else name for name in workshop.models),
             self._options.concurrency,
             self._store.engines.shown,
-            shown_broker(self._settings.broker_url),
-            self._settings.storage_url,
+            shown_url(self._settings.broker_url),
+            shown_url(self._settings.storage_url),
         )
+
+    def _admit_nothing(self) -> None:
+        self._slots.close()
+        self._solitude.close()
 
     def _stop_consuming(self) -> None:
         if self._app is not None:  # else the models are still being loaded; `run` looks before it consumes

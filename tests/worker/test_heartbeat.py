@@ -43,7 +43,11 @@ class World:
         job = self.store.submit([JobSpec(prompt="a star")])[0]
         claim = self.store.claim(job.id, WORKER)
         assert claim is not None
-        return claim, self.held.enter_context(self.leases.hold(claim, self.clock.now))
+        return claim, self._took(self.leases.take(claim, self.clock.now))
+
+    def _took(self, lease: Lease) -> Lease:
+        self.held.callback(self.leases.drop, lease)
+        return lease
 
 
 @pytest.fixture

@@ -18,12 +18,15 @@ from jobs.store import Store
 from jobs.views import JobView
 from tests.fakes import fake_image, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Clock, once
+from worker.delivery import Outside
 from worker.engine_thread import EngineThread, Workshop
 from worker.leases import Leases
 from worker.reasons import LeaseLost
 from worker.slots import Slots
+from worker.solitude import Solitude
 from worker.tasks import Deps, render
 from worker.translate import to_requests
+from worker.uploads import Uploads
 
 
 @pytest.fixture
@@ -47,18 +50,23 @@ class World:
         self.engine = EngineThread(lambda: workshop)
         self.engine.start()
         self.leases = Leases(self.engine.interrupt)
-        self.waits: list[float] = []
         self.deps = Deps(
-            store=store,
-            storage=storage,
+            outside=Outside(store, storage, back_off_s=(0.0, 0.01, 0.02, 0.03), patience_s=PATIENCE_S, snooze_s=60.0),
             engine=self.engine,
             leases=self.leases,
             slots=Slots(4, forget_s=5, clock=Clock()),
             worker_id="host:1:test",
             lease_s=30.0,
             broken=workshop.broken,
-            sleep=self.waits.append,
+            solitude=Solitude(),
+            uploads=Uploads(8, threads=2),
         )
+
+    def render(self, job: JobView, **outside: object) -> None:
+        """The job's story to its end, with a part of the outside exchanged."""
+        deps = replace(self.deps, outside=replace(self.deps.outside, **outside))  # type: ignore[arg-type]
+        render(str(job.id), deps)
+        deps.uploads.join()
 
     def close(self) -> None:
         self.engine.close()
@@ -84,7 +92,7 @@ def objects(storage: Storage) -> list[str]:
 
 def test_a_job_ends_with_its_images_stored_and_named_in_the_row(world: World, store: Store, storage: Storage) -> None:
     job = submit(store, images=2)
-    render(str(job.id), world.deps)
+    world.render(job)
     done = store.get(job.id)
     assert (done.state, done.attempts, [image.seed for image in done.images]) == (State.succeeded, 1, [5, 6])
     for image in done.images:
@@ -103,36 +111,36 @@ def test_garbage_and_unknown_ids_are_dropped(world: World, message: str) -> None
 
 def test_a_second_bell_for_a_finished_job_changes_nothing(world: World, store: Store, storage: Storage) -> None:
     job = submit(store)
-    render(str(job.id), world.deps)
+    world.render(job)
     before, stored = store.get(job.id), objects(storage)
-    render(str(job.id), world.deps)
+    world.render(job)
     assert (store.get(job.id), objects(storage)) == (before, stored)
 
 
 def test_a_process_that_leaves_claims_nothing(world: World, store: Store) -> None:
     job = submit(store)
-    world.deps.slots.close()
-    render(str(job.id), world.deps)
+    world.deps.solitude.close()
+    world.render(job)
     assert (store.get(job.id).state, store.get(job.id).attempts) == (State.queued, 0)
 
 
 def test_a_drained_job_goes_back_and_keeps_its_attempt(world: World, store: Store) -> None:
     job = submit(store)
     world.engine.drain(0.0)
-    render(str(job.id), world.deps)
+    world.render(job)
     assert (store.get(job.id).state, store.get(job.id).attempts) == (State.queued, 0)
 
 
 def test_an_error_of_the_engine_is_kept_and_the_job_waits_for_another_attempt(world: World, store: Store) -> None:
     job = submit(store, prompt="a broken row")
-    render(str(job.id), world.deps)
+    world.render(job)
     after = store.get(job.id)
     assert (after.state, after.attempts, after.error) == (State.queued, 1, "ArithmeticError: not finite")
 
 
 def test_an_unknown_model_fails_at_once_with_the_reason(world: World, store: Store) -> None:
     job = submit(store, model="unheard-of")
-    render(str(job.id), world.deps)
+    world.render(job)
     after = store.get(job.id)
     assert after.state is State.failed
     assert after.error is not None and "unheard-of" in after.error and "nightshift-mini" in after.error
@@ -141,7 +149,7 @@ def test_an_unknown_model_fails_at_once_with_the_reason(world: World, store: Sto
 def test_a_model_that_could_not_be_loaded_fails_its_jobs_at_once(store: Store, storage: Storage) -> None:
     world = World(store, storage, fake_workshop(broken={"torn": "unet/model.safetensors is cut short"}))
     job = submit(store, model="torn")
-    render(str(job.id), world.deps)
+    world.render(job)
     world.close()
     after = store.get(job.id)
     assert after.state is State.failed
@@ -153,7 +161,7 @@ def test_an_init_image_that_is_gone_or_broken_fails_at_once(world: World, store:
     storage.put(broken, b"no picture", "image/png")
     for key, reason in ((gone, "not in the storage"), (broken, "init_image=.*one of PNG")):
         job = submit(store, init_image=key)
-        render(str(job.id), world.deps)
+        world.render(job)
         after = store.get(job.id)
         assert (after.state, after.attempts) == (State.failed, 1)
         assert after.error is not None and re.search(reason, after.error)
@@ -163,7 +171,7 @@ def test_a_job_cancelled_while_it_is_drawn_ends_cancelled_and_leaves_no_object(s
     job = submit(store, steps=2)
     # The request arrives in the middle; the heartbeat has not told us yet, so only the guarded finish can notice.
     world = World(store, storage, fake_workshop(before_step=once(lambda: store.cancel(job.id))))
-    render(str(job.id), world.deps)
+    world.render(job)
     world.close()
     assert store.get(job.id).state is State.cancelled
     assert objects(storage) == []
@@ -178,7 +186,7 @@ def test_a_job_whose_lease_is_lost_while_it_is_drawn_is_dropped(store: Store, st
         worlds[0].leases.interrupt(token, LeaseLost("taken over"))
 
     worlds.append(World(store, storage, fake_workshop(before_step=once(lose))))
-    render(str(job.id), worlds[0].deps)
+    worlds[0].render(job)
     worlds[0].close()
     assert store.get(job.id).state is State.running  # whoever owns it decides
     assert objects(storage) == []
@@ -195,7 +203,7 @@ def test_objects_of_a_lost_lease_are_deleted_after_the_upload(world: World, stor
 
     assert isinstance(storage, DirStorage)
     job = submit(store)
-    render(str(job.id), replace(world.deps, storage=TakenOver(storage._root)))
+    world.render(job, storage=TakenOver(storage._root))
     assert store.get(job.id).state is State.failed
     assert objects(storage) == []
 
@@ -219,16 +227,18 @@ def test_transient_storage_errors_are_waited_out_without_drawing_again(
     world: World, store: Store, storage: Storage
 ) -> None:
     job = submit(store)
-    render(str(job.id), replace(world.deps, storage=Flaky(storage, 3)))
+    world.render(job, storage=Flaky(storage, 3))
     assert (store.get(job.id).state, store.get(job.id).attempts) == (State.succeeded, 1)
-    assert world.waits == [0.2, 0.5, 1.0]
 
 
-def test_a_storage_that_stays_away_costs_one_attempt(world: World, store: Store, storage: Storage) -> None:
+def test_a_storage_that_stays_away_costs_no_attempt_and_the_job_waits(
+    world: World, store: Store, storage: Storage
+) -> None:
     job = submit(store)
-    render(str(job.id), replace(world.deps, storage=Flaky(storage, 99)))
+    world.render(job, storage=Flaky(storage, 99), patience_s=0.1)
     after = store.get(job.id)
-    assert (after.state, after.attempts, after.error) == (State.queued, 1, "StorageError: slow down")
+    assert (after.state, after.attempts, after.error) == (State.queued, 0, "StorageError: slow down")
+    assert store.due(9) == [], "it is not rung for before the snooze is over"
 
 
 class SilentCommit(Store):
@@ -246,7 +256,7 @@ class SilentCommit(Store):
 
 def test_a_finish_whose_answer_was_lost_still_shows_its_images(world: World, store: Store, storage: Storage) -> None:
     job = submit(store)
-    render(str(job.id), replace(world.deps, store=SilentCommit(store.engines)))
+    world.render(job, store=SilentCommit(store.engines))
     done = store.get(job.id)
     assert done.state is State.succeeded
     assert objects(storage) == [done.images[0].key]
@@ -256,7 +266,7 @@ def test_when_the_database_never_answers_the_objects_stay(world: World, store: S
     silent = SilentCommit(store.engines)
     silent.answers_lost = 99
     job = submit(store)
-    render(str(job.id), replace(world.deps, store=silent))
+    world.render(job, store=silent)
     assert objects(storage) == [image.key for image in store.get(job.id).images]
 
 
@@ -265,7 +275,7 @@ def test_nothing_that_happens_inside_leaves_the_task(world: World, store: Store)
         def claim(self, *args: object, **options: object) -> None:
             raise MemoryError
 
-    render(str(submit(store).id), replace(world.deps, store=Away(store.engines)))
+    world.render(submit(store), store=Away(store.engines))
     assert world.deps.slots.free() == 4
 
 
@@ -280,19 +290,21 @@ def test_img2img_starts_from_the_stored_picture(world: World, store: Store, stor
     class Looks:
         """Keeps the init image that reaches the engine."""
 
-        def render(self, token: object, requests: list) -> object:  # type: ignore[type-arg]
+        def render(self, token: object, requests: list, saved: object) -> object:  # type: ignore[type-arg]
             seen.extend(request.init_image for request in requests)
-            return world.engine.render(token, requests)  # type: ignore[arg-type]
+            return world.engine.render(token, requests, None)  # type: ignore[arg-type]
 
     job = submit(store, init_image=key, strength=0.5)
-    render(str(job.id), replace(world.deps, engine=Looks()))  # type: ignore[arg-type]
+    deps = replace(world.deps, engine=Looks())  # type: ignore[arg-type]
+    render(str(job.id), deps)
+    deps.uploads.join()
     np.testing.assert_array_equal(seen[0], picture)
     assert store.get(job.id).state is State.succeeded
 
 
 def test_the_pixels_in_storage_are_those_of_the_engine(world: World, store: Store, storage: Storage) -> None:
     job = submit(store, seed=77)
-    render(str(job.id), world.deps)
+    world.render(job)
     with Image.open(io.BytesIO(storage.get(store.get(job.id).images[0].key))) as picture:
         from_storage = np.asarray(picture)
     np.testing.assert_array_equal(from_storage, fake_image(to_requests(job.spec, storage)[0]))
