@@ -10,6 +10,7 @@ NightshiftError
 ├── JobConflict         the job's state does not allow what was asked
 ├── WaitTimeout         the jobs did not end in the time given                  (also a TimeoutError)
 └── StorageError        the storage refused or could not be reached
+    ├── StorageRefused  credentials or permissions: a person must help, waiting does not
     ├── InvalidKey      a key that storage never takes                          (also a ValueError)
     └── KeyNotFound     no object of that key                                   (also a LookupError)
 """
@@ -73,6 +74,13 @@ class WaitTimeout(NightshiftError, TimeoutError):
 
 class StorageError(NightshiftError):
     """The storage refused, or could not be reached."""
+
+
+class StorageRefused(StorageError):
+    """The storage answers, but not to us: expired or missing credentials, no permission, a clock that is far off.
+
+    Not the job's fault, and asking again at once is of no use: somebody must let us in first.
+    """
 
 
 class InvalidKey(StorageError, ValueError):

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError
+from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError, StorageRefused
 from jobs.failpoints import failpoint
 
 MAX_KEY = 512
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\Z")
+#: What a folder answers to somebody who may not.
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object that is there. modified: when it was put, by the storage's own clock, in UTC."""
+
+    key: str
+    size_bytes: int
+    modified: datetime
 
 
 class Storage(Protocol):
     """Objects by key. A put is whole or not at all, and replaces what was there. Safe to share between threads.
 
-    Every method raises InvalidKey for a key that `check_key` refuses, StorageError when the storage does not answer.
+    Every method raises InvalidKey for a key that `check_key` refuses, StorageError when the storage does not answer,
+    StorageRefused when it answers that we may not.
     """
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
-        """Store the bytes under the key."""
+        """Store the bytes under the key; returns when they are known to be there as a whole."""
 
     def get(self, key: str) -> bytes:
         """The bytes of the key. Raises KeyNotFound."""
@@ -36,6 +53,18 @@ class Storage(Protocol):
 
     def exists(self, key: str) -> bool:
         """Whether there is an object of that key."""
+
+    def look(self, key: str) -> Stored:
+        """Size and age of one object. Raises KeyNotFound."""
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """Every object whose key begins with `prefix`, in no order, a bounded page at a time.
+
+        What is put or deleted meanwhile may be among them or not; names that are no keys are left out.
+        """
+
+    def tidy(self, before: datetime) -> int:
+        """Remove what puts that were cut off before that time left behind; how much that was."""
 
     def url(self, key: str) -> str:
         """Where a person or another program finds the object: file:///... or s3://bucket/..."""
@@ -52,6 +81,19 @@ def check_key(key: str) -> str:
             "digits, dots, dashes and underscores, each beginning with a letter or digit, joined by /"
         )
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix itself, when keys can begin with it. Raises InvalidKey."""
+    return prefix and check_key(prefix.removesuffix("/")) and prefix
+
+
+def is_key(text: str) -> bool:
+    """Whether `check_key` takes it: a storage may hold what others put there."""
+    with contextlib.suppress(InvalidKey):
+        check_key(text)
+        return True
+    return False
 
 
 def open_storage(url: str) -> Storage:
@@ -100,7 +142,7 @@ class DirStorage:
     def put(self, key: str, data: bytes, content_type: str) -> None:
         """As Storage.put. The bytes are on the disk before the name is: a crash leaves no half file in sight."""
         path = self._path(key)
-        temporary = path.parent / f".{secrets.token_hex(8)}.part"  # no key is called like that
+        temporary = path.parent / f".{secrets.token_hex(8)}.part"  # as _UNFINISHED; no key is called like that
         with _told(key):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_inside(path.parent, key)
@@ -133,10 +175,44 @@ class DirStorage:
 
     def exists(self, key: str) -> bool:
         """As Storage.exists."""
+        with contextlib.suppress(KeyNotFound):
+            self.look(key)
+            return True
+        return False
+
+    def look(self, key: str) -> Stored:
+        """As Storage.look."""
         path = self._path(key)
         with _told(key):
             self._check_inside(path.parent, key)
-            return path.is_file() and not path.is_symlink()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    return _stored(key, found)
+        raise KeyNotFound(f"the storage has no object {key}")
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """As Storage.list. Never follows a link."""
+        start = self._root / check_prefix(prefix).rpartition("/")[0]
+        with _told(prefix):
+            self._check_inside(start, prefix)
+            for folder, _, names in os.walk(start, onerror=_unless_gone):
+                for name in names:
+                    key = Path(folder, name).relative_to(self._root).as_posix()
+                    if key.startswith(prefix) and is_key(key):
+                        with contextlib.suppress(KeyNotFound):  # a link, or deleted this moment
+                            yield self.look(key)
+
+    def tidy(self, before: datetime) -> int:
+        """As Storage.tidy; also removes the folders that deleted objects left empty, all but the outermost ones."""
+        removed = 0
+        with _told("unfinished files"):
+            for folder, _, names in os.walk(self._root, topdown=False, onerror=_unless_gone):
+                for path in (Path(folder, name) for name in names if _UNFINISHED.match(name)):
+                    removed += _removed(path, before, Path.unlink)
+                if len(Path(folder).relative_to(self._root).parts) > 1:
+                    _removed(Path(folder), before, Path.rmdir)
+        return removed
 
     def url(self, key: str) -> str:
         """The file's own URL."""
@@ -155,7 +231,32 @@ def _told(key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"the storage cannot reach {key}: {error.strerror}") from error
+        kind = StorageRefused if error.errno in _NOT_ALLOWED else StorageError
+        raise kind(f"the storage cannot reach {key}: {error.strerror}") from error
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a folder that was removed while we walked
+        raise error
+
+
+def _stored(key: str, found: os.stat_result) -> Stored:
+    return Stored(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+
+def _removed(path: Path, before: datetime, remove: Callable[[Path], None]) -> bool:
+    """Whether it was old enough and went; a folder that is not empty stays."""
+    try:
+        if path.lstat().st_mtime >= before.timestamp():
+            return False
+        remove(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True
 
 
 def _write_through(path: Path, data: bytes) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError
+from jobs.errors import InvalidKey, KeyNotFound, SettingsError, StorageError, StorageRefused
 from jobs.storage import DirStorage, Storage, check_key, open_storage
 from tests.conftest import Bucket
-from tests.servers import free_port
+from tests.servers import S3Server, free_port
 
 KEY = "images/0190/token/0.png"
 
@@ -86,6 +91,46 @@ class TestContract:
 
     def test_the_url_ends_in_the_key(self, storage: Storage) -> None:
         assert storage.url(KEY).endswith(KEY)
+
+    def test_look_tells_size_and_age(self, storage: Storage) -> None:
+        storage.put(KEY, b"twelve bytes", "image/png")
+        found = storage.look(KEY)
+        assert (found.key, found.size_bytes) == (KEY, 12)
+        assert abs(datetime.now(UTC) - found.modified) < timedelta(minutes=1)
+        with pytest.raises(KeyNotFound):
+            storage.look("images/another.png")
+
+    @pytest.mark.parametrize(
+        ("prefix", "expected"),
+        [
+            ("", {"images/a/0.png", "images/ab/1.png", "inputs/c.png"}),
+            ("images/", {"images/a/0.png", "images/ab/1.png"}),
+            ("images/a", {"images/a/0.png", "images/ab/1.png"}),
+            ("images/a/", {"images/a/0.png"}),
+            ("images/a/0.png", {"images/a/0.png"}),
+            ("images/a/0.png/", set()),
+            ("saved/", set()),
+        ],
+    )
+    def test_list_finds_what_begins_with_a_prefix(self, storage: Storage, prefix: str, expected: set[str]) -> None:
+        for key in ("images/a/0.png", "images/ab/1.png", "inputs/c.png"):
+            storage.put(key, key.encode(), "image/png")
+        found = list(storage.list(prefix))
+        assert {each.key for each in found} == expected
+        assert len(found) == len(expected)
+        for each in found:  # a listing may tell the time more finely than a look
+            assert each.size_bytes == len(each.key)
+            assert abs(each.modified - storage.look(each.key).modified) <= timedelta(seconds=1)
+
+    def test_list_goes_on_after_its_first_page(self, storage: Storage) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: storage.put(f"images/{n // 100}/{n}.png", b"x", "image/png"), range(1010)))
+        assert len({each.key for each in storage.list("images/")}) == 1010
+
+    def test_list_refuses_what_no_key_begins_with(self, storage: Storage) -> None:
+        for prefix in ("../", "/", ".hidden", "a//"):
+            with pytest.raises(InvalidKey):
+                list(storage.list(prefix))
 
     def test_many_threads_put_and_get(self, storage: Storage) -> None:
         def put_and_get(number: int) -> bool:
@@ -181,7 +226,7 @@ def test_a_bucket_that_is_not_there_is_told(s3: Bucket) -> None:
 
 def test_wrong_credentials_are_told_without_the_secret(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
-    with pytest.raises(StorageError, match="refused") as caught:
+    with pytest.raises(StorageRefused, match="refused") as caught:
         open_storage(s3.url).put(KEY, b"x", "image/png")
     assert "wrong-secret" not in str(caught.value)
 
@@ -201,3 +246,104 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> None
     assert not isinstance(caught.value, KeyNotFound)
     assert not storage.exists("images/a/0.png")
     storage.delete("images/a/0.png")
+
+
+def test_missing_credentials_are_told_as_such(s3: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(SettingsError, match="AWS_SECRET_ACCESS_KEY"):
+        open_storage(s3.url)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StorageRefused, match="credentials"):
+        open_storage(s3.url).put(KEY, b"x", "image/png")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_without_permission_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    storage = DirStorage(tmp_path / "s")
+
+    def refuse(*_: object, **__: object) -> int:  # root, as which tests may run, is refused nothing
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageRefused, match=os.strerror(number)):
+        storage.put(KEY, b"x", "image/png")
+
+
+def test_list_shows_neither_unfinished_files_nor_links_nor_what_is_no_key(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    storage = DirStorage(root)
+    storage.put(KEY, b"x", "image/png")
+    (root / "images" / f".{'0' * 16}.part").write_bytes(b"half")
+    (root / "images" / "a name.png").write_bytes(b"not ours")
+    (root / "images" / "link.png").symlink_to(root / KEY)
+    assert [each.key for each in storage.list("")] == [KEY]
+
+
+def test_tidy_removes_old_halves_and_empty_folders_alone(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    storage = DirStorage(root)
+    storage.put("images/a/t/0.png", b"x", "image/png")
+    storage.put("images/b/t/0.png", b"x", "image/png")
+    storage.delete("images/b/t/0.png")
+    half, foreign = root / "images/a" / f".{'0' * 16}.part", root / "images/a/.hidden"
+    for path in (half, foreign):
+        path.write_bytes(b"half")
+    assert storage.tidy(datetime.now(UTC) - timedelta(hours=1)) == 0
+    assert half.exists() and (root / "images/b/t").exists()
+    assert storage.tidy(datetime.now(UTC) + timedelta(hours=1)) == 1
+    assert foreign.exists() and not half.exists() and not (root / "images/b").exists()
+    assert [each.key for each in storage.list("")] == ["images/a/t/0.png"]
+
+
+class _Liar(BaseHTTPRequestHandler):
+    """A bucket that says 200 to every put and keeps only `kept` bytes of it; its ETag is true, or of no meaning."""
+
+    protocol_version = "HTTP/1.1"
+    kept, honest_etag, objects = 0, True, dict[str, bytes]()
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.objects[self.path] = data[: self.kept]
+        self._answer(self.path)
+
+    def do_HEAD(self) -> None:
+        self._answer(self.path, len(self.objects[self.path]))
+
+    def _answer(self, path: str, length: int = 0) -> None:
+        md5 = hashlib.md5(self.objects[path], usedforsecurity=False).hexdigest()
+        self.send_response(200)
+        self.send_header("ETag", f'"{md5}"' if self.honest_etag else '"no-md5-2"')
+        self.send_header("Content-Length", str(length))
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def lying_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bool], Storage]]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Liar) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name, value in S3Server(f"http://127.0.0.1:{server.server_port}").environment.items():
+            monkeypatch.setenv(name, value)
+
+        def bucket(kept: int, honest_etag: bool) -> Storage:
+            monkeypatch.setattr(_Liar, "kept", kept)
+            monkeypatch.setattr(_Liar, "honest_etag", honest_etag)
+            return open_storage("s3://bucket/x")
+
+        yield bucket
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("honest_etag", [True, False])
+def test_a_put_that_was_stored_short_is_no_success(
+    lying_bucket: Callable[[int, bool], Storage], honest_etag: bool
+) -> None:
+    with pytest.raises(StorageError, match="5 instead of 9"):
+        lying_bucket(5, honest_etag).put(KEY, b"nine byte", "image/png")
+    lying_bucket(9, honest_etag).put(KEY, b"nine byte", "image/png")
