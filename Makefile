@@ -10,6 +10,11 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 CONSTRAINTS ?= -c constraints.txt
 PYTEST_FLAGS ?=
+# Of `make faults`. More processes than cores: a night mostly waits.
+SEEDS ?= 20
+SEED ?=
+ACKS_LATE ?= 1
+FAULT_PROCESSES ?= 4
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +26,7 @@ CHECKED := jobs sd_engine worker migrations tests benchmarks
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow parity check format train-mini clean
+.PHONY: help .venv demo test test-slow faults parity check format train-mini clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +51,10 @@ test: $(STAMP)  ## the tests, without the slow ones
 
 test-slow: $(STAMP)  ## the slow tests only
 	@$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+faults: $(STAMP)  ## every fault of the table, SEEDS=20 times each; ACKS_LATE=0: bells acked early; SEED=7: one again
+	@$(BIN)/python -m pytest -q -n $(FAULT_PROCESSES) --dist worksteal tests/faults --acks-late $(ACKS_LATE) \
+		$(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(PYTEST_FLAGS)
 
 parity: $(STAMP)  ## full-size SD 1.5 and 2.1 models beside the reference's: a table of differences
 	@$(BIN)/python -m benchmarks.parity

@@ -17,6 +17,9 @@ import redis
 from jobs.settings import Settings
 from tests import servers
 
+#: Its options must be known before `tests/faults` is looked at.
+pytest_plugins = ["tests.faults.plugin"]
+
 Address = TypeVar("Address")
 
 

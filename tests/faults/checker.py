@@ -1,0 +1,214 @@
+"""The oracle: what must hold after every night, whatever happened in it.
+
+I1 every job has ended; I2 a succeeded job has exactly its pictures, each stored whole, each the one that an
+undisturbed engine draws; I3 what had ended did not change; I4 attempts and solo crashes are within their limits, and
+nobody paid for another's fault; I6 hardly anything is stored that nobody shows; I7 nothing is held, and the broker is
+empty when nobody works; I9 nothing was computed oftener than the fault explains. (I5, stale tokens, is the store's own
+property test; I8, leaving in time, is `Worker.stop`.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from uuid import UUID
+
+import boto3
+import numpy as np
+import redis
+import sqlalchemy as sa
+from PIL import Image
+
+from jobs import JobView, State
+from jobs.models import MAX_SOLO_CRASHES
+from jobs.models import job as job_table
+from jobs.storage import Storage, open_storage
+from tests.faults.fake_runner import expected_picture
+from tests.faults.harness import Night
+from worker.translate import to_requests
+
+#: Seconds that a worker has to hear and drop the last bells.
+IDLE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """How the night should have ended; jobs in none of the sets have succeeded.
+
+    either: they may have succeeded or been cancelled. charged: more than one attempt may have been counted.
+    duplicates: pictures computed again. orphans: objects that nobody shows. broker: it must be empty now.
+    pictures: they are the fake runner's.
+    """
+
+    failed: Collection[UUID] = ()
+    cancelled: Collection[UUID] = ()
+    either: Collection[UUID] = ()
+    charged: Collection[UUID] = ()
+    duplicates: int = 0
+    orphans: int = 0
+    broker: bool = False
+    pictures: bool = True
+
+    def allows(self, id: UUID, state: State) -> bool:
+        """Whether that job may have ended so."""
+        for named, allowed in (
+            (self.failed, {State.failed}),
+            (self.cancelled, {State.cancelled}),
+            (self.either, {State.succeeded, State.cancelled}),
+        ):
+            if id in named:
+                return state in allowed
+        return state is State.succeeded
+
+
+def check(night: Night, **expected: Any) -> str:
+    """One line; raises AssertionError, with the night's seed, for whatever does not hold."""
+    wanted = Expected(**expected)
+    found = {view.id: view for view in night.client.jobs(ids=[job.id for job in night.jobs])}
+    again = computed_again(night)
+    storage = open_storage(night.settings.storage_url)
+    complaints = [
+        *ended(night, found, wanted),
+        *unchanged(night, found),
+        *charges(found, wanted),
+        *held(night),
+        *shown(found, storage, wanted),
+        *stored_beside(night, found, wanted),
+        *tally(night, found, wanted, again),
+        *(broker_rest(night) if wanted.broker else ()),
+    ]
+    assert not complaints, f"seed {night.seed}, {night.lane}:\n" + "\n".join(complaints[:40]) + f"\n{night.tail()}"
+    counts = Counter(str(view.state) for view in found.values())
+    return f"{night.lane} seed {night.seed}: {dict(counts)}, {again} pictures computed again"
+
+
+def ended(night: Night, found: dict[UUID, JobView], wanted: Expected) -> Iterator[str]:
+    """I1: nothing is lost, nothing is left, and each ended as it should."""
+    for job in night.jobs:
+        view = found.get(job.id)
+        if view is None:
+            yield f"I1: {job.id} is gone"
+        elif not view.ended or not wanted.allows(view.id, view.state):
+            yield f"I1: {view.id} is {view.state}: {view.error}"
+
+
+def unchanged(night: Night, found: dict[UUID, JobView]) -> Iterator[str]:
+    """I3: what was seen to have ended is still the same."""
+    for id, first in night.ended.items():
+        if id in found and found[id] != first:
+            yield f"I3: {id} changed after its end: {first} -> {found[id]}"
+
+
+def charges(found: dict[UUID, JobView], wanted: Expected) -> Iterator[str]:
+    """I4: limits are kept, and a fault of the machine is nobody's attempt."""
+    for view in found.values():
+        if view.solo_crashes > MAX_SOLO_CRASHES:
+            yield f"I4: {view.id} has {view.solo_crashes} solo crashes"
+        if view.attempts > 3 or view.attempts < 0:
+            yield f"I4: {view.id} has {view.attempts} attempts"
+        if view.state is not State.succeeded or view.id in wanted.charged:
+            continue
+        if view.attempts != 1 or view.solo_crashes:
+            yield f"I4: {view.id} paid for a fault: {view.attempts} attempts, {view.solo_crashes} solo crashes"
+
+
+def held(night: Night) -> Iterator[str]:
+    """I7: no lease is left, of these jobs or of any other."""
+    left = sa.or_(job_table.c.state == State.running, job_table.c.lease_expires_at.is_not(None))
+    with night.store.engines.reader.connect() as connection:
+        for row in connection.execute(sa.select(job_table.c.id, job_table.c.state).where(left)):
+            yield f"I7: {row.id} is {row.state} and under a lease"
+
+
+def shown(found: dict[UUID, JobView], storage: Storage, wanted: Expected) -> Iterator[str]:
+    """I2: exactly the pictures that were asked for, and each the right one."""
+    keys = Counter(image.key for view in found.values() for image in view.images)
+    yield from (f"I2: {key} is shown {count} times" for key, count in keys.items() if count > 1)
+    for view in found.values():
+        if view.unreadable:
+            continue
+        images = view.spec.images if view.state is State.succeeded else 0
+        if [image.index for image in view.images] != list(range(images)):
+            yield f"I2: {view.id} is {view.state} and shows {len(view.images)} pictures, not {images}"
+        elif images:
+            yield from _right(view, storage, wanted)
+
+
+def _right(view: JobView, storage: Storage, wanted: Expected) -> Iterator[str]:
+    requests = to_requests(view.spec, storage) if wanted.pictures else [None] * len(view.images)
+    for image, request in zip(view.images, requests, strict=True):
+        if not storage.exists(image.key):
+            yield f"I2: {image.key} is shown and not stored"
+            continue
+        data = storage.get(image.key)
+        if (hashlib.sha256(data).hexdigest(), len(data)) != (image.sha256, image.size_bytes):
+            yield f"I2: {image.key} is not what the row says"
+        elif request is not None:
+            with Image.open(io.BytesIO(data)) as picture:
+                if not np.array_equal(np.asarray(picture), expected_picture(request)):
+                    yield f"I2: {image.key} is another picture"
+
+
+def stored_beside(night: Night, found: dict[UUID, JobView], wanted: Expected) -> Iterator[str]:
+    """I6: few objects that nobody shows, and none of them under a name that is shown."""
+    named = {image.key for view in found.values() for image in view.images}
+    beside = [key for key in keys_in(night.settings.storage_url) if key not in named and not key.startswith("inputs/")]
+    if len(beside) > wanted.orphans:
+        yield f"I6: {len(beside)} objects that nobody shows, allowed {wanted.orphans}: {beside[:5]}"
+
+
+def keys_in(storage_url: str) -> list[str]:
+    """Every object, and every half file, that is stored there."""
+    parts = urlsplit(storage_url)
+    if parts.scheme == "file":
+        root = Path(unquote(parts.path))
+        return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    prefix = parts.path.strip("/") + "/"
+    with closing(boto3.client("s3")) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=parts.netloc, Prefix=prefix)
+        return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", ())]
+
+
+def computed_again(night: Night) -> int:
+    """Pictures that were computed although they had been before."""
+    drawn = Counter((entry.prompt, entry.seed) for entry in night.entries("drawn"))
+    return sum(count - 1 for count in drawn.values())
+
+
+def tally(night: Night, found: dict[UUID, JobView], wanted: Expected, again: int) -> Iterator[str]:
+    """I9: each picture that is shown was computed, and not much more than that was."""
+    if not wanted.pictures:
+        return
+    drawn = {(entry.prompt, entry.seed) for entry in night.entries("drawn")}
+    for view in found.values():
+        for image in view.images:
+            if (view.spec.prompt, image.seed) not in drawn:
+                yield f"I9: {image.key} was never computed"
+    if again > wanted.duplicates:
+        yield f"I9: {again} pictures computed again, allowed {wanted.duplicates}"
+
+
+def broker_rest(night: Night) -> Iterator[str]:
+    """I7: no bell waits and none is unanswered, a moment after the last job."""
+    if not night.settings.broker_url.startswith("redis"):
+        return
+    with redis.Redis.from_url(night.settings.broker_url) as broker:
+        deadline = time.monotonic() + IDLE_S
+        while (rest := _bells(broker)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield from (f"I7: the broker still has {count} in {name}" for name, count in rest.items())
+
+
+def _bells(broker: redis.Redis) -> dict[str, int]:
+    lists = [key.decode() for key in broker.scan_iter("nightshift:render.*", _type="list")]
+    sizes = {key: int(broker.llen(key)) for key in lists}  # type: ignore[arg-type]
+    sizes["nightshift:unacked"] = int(broker.hlen("nightshift:unacked"))  # type: ignore[arg-type]
+    return {name: size for name, size in sizes.items() if size}

@@ -1,0 +1,73 @@
+"""What the zygote's processes do: a worker with the fake runner, and a producer."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.client import Client
+from jobs.settings import Settings
+from tests.faults import callers
+from tests.faults.fake_runner import fake_workshop
+from worker import logs
+from worker.preflight import open_services
+from worker.process import Options, run
+from worker.told import told_in_a_sentence
+
+
+def worker(
+    options: Mapping[str, Any],
+    tally: str,
+    fake: Mapping[str, Any],
+    mutation: str = "",
+    limits: Mapping[str, int] | None = None,
+    clock_step_s: float = 0.0,
+) -> int:
+    """`nightshift worker` from the settings on, with a fake runner.
+
+    mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: of the resources
+    `resource.RLIMIT_<name>`. clock_step_s: how far its wall clock is from the others'.
+    """
+    for name, limit in (limits or {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    if clock_step_s:
+        step_clock(clock_step_s)
+    if mutation:
+        importlib.import_module("tests.faults.mutations").apply(mutation)
+    with told_in_a_sentence():
+        logs.set_up(as_json=False)
+        settings = Settings()
+        return run(
+            open_services(settings), settings, Options(**options), lambda: fake_workshop(tally=Path(tally), **fake)
+        )
+
+
+def producer(specs: Sequence[Mapping[str, Any]], batch: str, keys: Sequence[str] | None = None) -> int:
+    """Submit these specs, all in one transaction."""
+    logs.set_up(as_json=False)
+    with Client() as client:
+        client.submit_many(specs, batch=batch, idempotency_keys=keys)
+    return 0
+
+
+def call(function: str, arguments: Mapping[str, Any]) -> int:
+    """What `tests.faults.callers` says under this name."""
+    code: int = getattr(callers, function)(**arguments)
+    return code
+
+
+def burn() -> int:
+    """Keep a core busy until killed."""
+    while True:
+        pass
+
+
+def step_clock(seconds: float) -> None:
+    """Shift this process's wall clock; durations are measured on another."""
+    true_time, true_time_ns = time.time, time.time_ns
+    time.time = lambda: true_time() + seconds
+    time.time_ns = lambda: true_time_ns() + int(1e9 * seconds)
