@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from jobs.errors import FieldError, InvalidSpec, KeyNotFound
 from jobs.fields import ALLOWED, MAX_SIDE, PICTURES, InputKey
+from jobs.picture_files import too_costly
 from jobs.spec import JobSpec
 from jobs.spec_checks import size_complaints
 from jobs.storage import Storage
@@ -102,8 +103,11 @@ def look_at(field: str, data: bytes) -> Picture:
     """The picture of these bytes. Raises InvalidSpec for what is too large, no picture, or not whole."""
     if len(data) > MAX_BYTES:
         raise _refused(field, f"has {len(data)} bytes; allowed: at most {MAX_BYTES}")
+    if reason := too_costly(data):
+        raise _refused(field, reason)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF, thousands in one file: they would drown the log
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
                 _check_header(field, image)

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from sd_engine.errors import WeightsError
 
-# Far above any real header (SDXL's 2600 tensors with a merge's history: half a megabyte), far below any harm.
-HEADER_LIMIT: Final = 16 * 2**20
+# Far above any real header (SDXL's 2600 tensors with a merge's history: half a megabyte), far below any harm: a header
+# of the limit is read in half a second.
+HEADER_LIMIT: Final = 8 * 2**20
+TENSOR_LIMIT: Final = 20_000
 _DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -101,12 +103,18 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        tensors = file.read(min(length, HEADER_LIMIT)).count(b'"data_offsets"')
     if size < 10 or length > size - 8:
         raise WeightsError(f"{path} is not a whole safetensors file: its {size} bytes end early; download it again")
     if length > HEADER_LIMIT:
         raise WeightsError(
             f"{path} has a header of {length} bytes, above the limit of {HEADER_LIMIT}; it is no model that this "
             "engine could draw with: take it from another source"
+        )
+    if tensors > TENSOR_LIMIT:
+        raise WeightsError(
+            f"{path} has {tensors} tensors, above the limit of {TENSOR_LIMIT}; it is no model that this engine could "
+            "draw with: take it from another source"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import KeyNotFound
+from jobs.picture_files import too_costly
 from jobs.spec import JobSpec
 from jobs.storage import Storage
 from sd_engine import InvalidRequest, Request
@@ -43,6 +44,10 @@ def _picture(
     if key is None:
         return None
     try:
-        return read(storage.get(key), field)
+        data = storage.get(key)
+        # Looked at before it was stored, but others may write there too.
+        if reason := too_costly(data):
+            raise Unusable(f"{field}: {key} {reason}")
+        return read(data, field)
     except KeyNotFound as error:
         raise Unusable(f"{field}: {key} is not in the storage. Submit the job again with the picture.") from error
