@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sd_engine.errors import BrokenInvariant, Cancelled, InvalidRequest, NonFinite, WeightsError
+from sd_engine.errors import BrokenInvariant, Cancelled, InvalidRequest, NonFinite, SavedRowUnusable, WeightsError
 from sd_engine.request import Finished, Request
 from sd_engine.samplers import SAMPLERS
 
@@ -34,6 +34,7 @@ __all__ = [
     "Model",
     "NonFinite",
     "Request",
+    "SavedRowUnusable",
     "WeightsError",
     "load_model",
     "shipped_model",

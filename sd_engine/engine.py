@@ -18,6 +18,7 @@ from sd_engine.prompts import DEFAULT_CACHE_BYTES
 from sd_engine.request import Finished, Request
 from sd_engine.row import Lane, Row
 from sd_engine.runner import Runner
+from sd_engine.saved import Saver, resume
 
 # Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
 DEFAULT_MAX_UNITS = 16 * 64 * 64
@@ -68,27 +69,40 @@ class Engine:
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
         decode_limit = 1 if deterministic else DECODE_BATCH
+        self.saver = Saver(named)
         self.runner = make_runner(named, self.packer.bucket, cache_bytes, decode_limit)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
 
     def step(self) -> list[Finished]:
         """Take in what waits, step one pack, and return what has ended (pictures, failures, cancellations)."""
-        self.runner.prepare(self.packer.admit())
+        self._prepare(self.packer.admit())
         self.runner.denoise(self.packer.pack(), self.packer.too_large)
         return self._leave(self.runner.decode(self._ended(self.packer.retire())))
 
-    def add(self, request: Request) -> int:
-        """Take a request in and return its id. Raises InvalidRequest, and then nothing was added."""
+    def add(self, request: Request, saved: bytes | None = None) -> int:
+        """Take a request in and return its id. Raises InvalidRequest, and then nothing was added.
+
+        saved: what `save` gave of this request, here or elsewhere: it goes on exactly there. Raises SavedRowUnusable
+        for bytes that are damaged, or of another request, model, step table or version.
+        """
         if not isinstance(request, Request):
             raise InvalidRequest("request", type(request).__name__, "an sd_engine.Request", "Request(prompt)")
         model_name = request.model if request.model is not None else next(iter(self.models))
         if model_name not in self.models:
             raise InvalidRequest("model", model_name, "one of " + ", ".join(self.models))
         row = first_row(next(self._ids), request, model_name, self.models[model_name])
+        row = self.saver.load(row, saved or b"")
         self.packer.add(row)
         self._rows[row.id] = row
         return row.id
+
+    def save(self, id: int) -> bytes:
+        """A request in flight as it stands, for `add`; empty where it has not begun: it then starts anew.
+
+        Raises KeyError for an id that is not in flight.
+        """
+        return self.saver.save(self._rows[id])
 
     def cancel(self, id: int) -> None:
         """Let a request leave at the next step, as Finished with error Cancelled; one that has ended is left alone."""
@@ -129,6 +143,12 @@ class Engine:
             self.packer.cancel(id)
         self.packer.retire()
         self._rows.clear()
+
+    def _prepare(self, rows: list[Row]) -> None:
+        self.runner.prepare(rows)
+        for row in rows:
+            if row.error is None:
+                resume(row)
 
     def _ended(self, retired: list[Row]) -> list[Row]:
         """Those that are through; the others go on with their second pass, as rows of a larger lane."""

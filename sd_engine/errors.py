@@ -39,5 +39,16 @@ class OutOfMemory(RuntimeError):
     """Not even this row alone fits in the device's memory."""
 
 
+class SavedRowUnusable(ValueError):
+    """Bytes that no row can go on from: damaged, or of another request, model, step table or version."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the saved row cannot be used: {self.reason}"
+
+
 class BrokenInvariant(AssertionError):
     """The packer's bookkeeping contradicts itself: a bug in Nightshift, never the caller's fault."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
@@ -18,6 +20,9 @@ from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
+
+# Of each tensor, for a fingerprint: of a fine-tuned model some thousands are near zero, and turn.
+_SIGNS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,22 @@ class Model:
     def inpainting(self) -> bool:
         """Whether the U-Net also takes a mask and the latent of the masked picture."""
         return self.unet.config.in_channels > self.latent_channels
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for models that draw the same, up to rounding: of the configurations and of weights' signs.
+
+        The signs outlive a change of dtype and are few to read; another training turns some of them. Read anew at each
+        call.
+        """
+        digest = hashlib.sha256(repr((self.text_encoder.config, self.unet.config, self.vae.config)).encode())
+        digest.update(repr(self.schedule).encode())
+        for component, module in self.modules.items():
+            for name, weight in module.state_dict().items():
+                digest.update(f"{component}.{name}".encode())
+                signs = weight.detach().flatten()[:_SIGNS].signbit()
+                digest.update(signs.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def at_work(self, component: Component) -> AbstractContextManager[None]:
         """Inside, this component's weights are on the model's device; may be nested.

@@ -28,6 +28,12 @@ class NoiseSource(Protocol):
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """The next standard normal numbers: float32, on the CPU."""
 
+    def state(self) -> Tensor:
+        """Where the draws stand: uint8 [n], of one n for each kind of source."""
+
+    def set_state(self, state: Tensor) -> None:
+        """Go on from there. Raises RuntimeError or TypeError for what is no state of such a source."""
+
 
 class TorchNoise:
     """torch's CPU generator: what the reference's pipelines draw with a CPU generator of the same seed."""
@@ -38,6 +44,14 @@ class TorchNoise:
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """As `NoiseSource`."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float32)
+
+    def state(self) -> Tensor:
+        """As `NoiseSource`."""
+        return self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """As `NoiseSource`."""
+        self.generator.set_state(state)
 
 
 class CudaNoise:
@@ -61,6 +75,16 @@ class CudaNoise:
         first, second = _philox(self.drawn, math.prod(shape), self.key)
         self.drawn += 1
         return torch.from_numpy(_normal(first, second)).reshape(shape)
+
+    def state(self) -> Tensor:
+        """As `NoiseSource`."""
+        return torch.tensor(list(self.drawn.to_bytes(8, "little")), dtype=torch.uint8)
+
+    def set_state(self, state: Tensor) -> None:
+        """As `NoiseSource`."""
+        if state.dtype != torch.uint8 or state.shape != (8,):
+            raise TypeError(f"a state of {state.dtype} {list(state.shape)}, not of torch.uint8 [8]")
+        self.drawn = int.from_bytes(bytes(state.tolist()), "little")
 
 
 def noise_source(kind: Noise, seed: int) -> NoiseSource:

@@ -33,8 +33,9 @@ def second_row(row: Row) -> Row | None:
     """
     if row.second is None or not row.done:
         return None
-    assert row.latent is not None, "a row that is done has a latent"
+    assert row.latent is not None and row.noise is not None, "a row that is done was prepared"
     row.second.noise, row.second.first_pass = row.noise, row.latent.clone()
+    row.second.began = row.noise.state()
     return row.second
 
 

@@ -40,6 +40,22 @@ class Inpaint:
     noise_CHW: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """Where a row stood between two steps, on the CPU (`saved`).
+
+    state: float32 [n, C, h, w], the slots that its table still reads (`StepTable.live`); None before a second pass that
+    has not begun. noise: the state of its source. The others are those of `Row`.
+    """
+
+    step: int
+    noise: torch.Tensor
+    state: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+    first_pass: torch.Tensor | None = None
+    began: torch.Tensor | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One image in flight: the only mutable state of the engine, changed only by a step that succeeded.
@@ -49,7 +65,8 @@ class Row:
     drawn: what it drew for a step that has not succeeded yet.
     condition: float32 [5, h, w], the further channels of an inpainting U-Net.
     second: the row that goes on when this one is done (`passes`), with the steps made before it, and, as soon as they
-    are made, first_pass: the latent that it starts from.
+    are made, first_pass: the latent that it starts from, and began: the state of the source of noise at that moment.
+    resume: where the row goes on as soon as it is prepared.
     """
 
     id: int
@@ -68,6 +85,8 @@ class Row:
     second: Row | None = field(default=None, repr=False)
     steps_before: int = 0
     first_pass: torch.Tensor | None = field(default=None, repr=False)
+    began: torch.Tensor | None = field(default=None, repr=False)
+    resume: Saved | None = field(default=None, repr=False)
 
     @property
     def latent(self) -> torch.Tensor | None:

@@ -62,6 +62,14 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def live(self, step: int) -> list[int]:
+        """The slots of the state that the lines from `step` on still read, x (0) among them: all that must be kept."""
+        live = [0]
+        for mix in self.mix[: step - len(self) - 1 : -1] if step < len(self) else ():
+            read = (mix[live] != 0).any(axis=0)  # of x, D, m1, ...
+            live = [0, *(slot for slot in range(1, SLOTS) if read[slot + 1])]
+        return live
+
 
 class Line(NamedTuple):
     """What a sampler decides for one call of the model.

@@ -131,6 +131,7 @@ class FakeModel:
     factor: int = FACTOR
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    fingerprint: str = "fake"
 
 
 class FakeRunner:
@@ -141,9 +142,9 @@ class FakeRunner:
         self._tally, self._step_s, self._oom_rows = tally, step_s, oom_rows
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """As `Runner.prepare`; a row that comes with its state goes on from it."""
+        """As `Runner.prepare`; the engine puts a row that was saved back where it was afterwards."""
         for row in rows:
-            self._tally.add("began" if row.state is None else "resumed", row)
+            self._tally.add("began" if row.resume is None else "resumed", row)
             row.noise = row.noise or noise_source(row.request.noise, row.request.seed)
             if row.state is None:
                 row.state = torch.zeros(SLOTS, CHANNELS, row.lane.height // FACTOR, row.lane.width // FACTOR)

@@ -1,0 +1,179 @@
+"""Rows that go on elsewhere exactly where they were: what a step changes of a row, as bytes.
+
+A row that comes back is prepared like a new one (its contexts, its mask, its condition and what they draw follow from
+the request), and then gets its latent, the memory that its sampler still reads, its step and its source of noise back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd_engine.errors import SavedRowUnusable
+from sd_engine.noise import NoiseSource, noise_source
+from sd_engine.request import Request
+from sd_engine.row import Row, Saved
+from sd_engine.samplers import SLOTS, StepTable
+from sd_engine.sealed import seal, unseal
+
+if TYPE_CHECKING:
+    from sd_engine.model import Model
+
+KIND: Final = "nightshift row"
+
+# Rises whenever the same numbers would mean something else: the slots of a state, the order of a row's draws.
+VERSION: Final = 1
+
+_FIRST, _SECOND = "first", "second"
+
+
+class Saver:
+    """Rows to bytes and back, for these models."""
+
+    def __init__(self, models: Mapping[str, Model]) -> None:
+        self._models = models
+        self._fingerprints: dict[str, str] = {}
+
+    def save(self, row: Row) -> bytes:
+        """The row as it stands between two steps; empty where there is nothing to go on from."""
+        saved = row.resume or _saved(row)
+        if saved is None:
+            return b""
+        words = {**self._words(row), "pass": _FIRST if saved.first_pass is None else _SECOND, "step": str(saved.step)}
+        tensors = {field.name: getattr(saved, field.name) for field in fields(saved) if field.name != "step"}
+        return seal(KIND, VERSION, words, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+    def load(self, row: Row, data: bytes) -> Row:
+        """The row, of the pass that `data` was saved in, to go on there as soon as it is prepared (`resume`).
+
+        row: new, as `passes.first_row` makes it. Raises SavedRowUnusable for bytes that are damaged, or of another
+        request, model, step table or version; then the row is as it was.
+        """
+        if not data:
+            return row
+        words, tensors = unseal(KIND, VERSION, data, limit=self._most_bytes(row))
+        later = row if words.get("pass") == _FIRST else row.second
+        if later is None:
+            raise SavedRowUnusable("it is in a pass that its request does not have")
+        for name, ours in self._words(later).items():
+            if words.get(name) != ours:
+                raise SavedRowUnusable(f"it was saved with another {name}")
+        step = _step(words, later)
+        _check(tensors, self._shapes(row, later, step))
+        return self._placed(later, Saved(step, **tensors))
+
+    def _placed(self, row: Row, saved: Saved) -> Row:
+        for state in (saved.noise, saved.began):
+            if state is not None:
+                _source(row.request, state)  # refused here, not in the midst of a step
+        if saved.first_pass is not None and saved.began is not None:
+            row.noise = _source(row.request, saved.began)
+            row.began = saved.began
+            row.first_pass = saved.first_pass.to(self._models[row.lane.model].device)
+        row.step, row.resume = saved.step, saved
+        return row
+
+    def _words(self, row: Row) -> dict[str, str]:
+        """What must be the same where the row goes on."""
+        name = row.lane.model
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self._models[name].fingerprint
+        return {
+            "request": request_fingerprint(row.request),
+            "model": self._fingerprints[name],
+            "table": table_fingerprint(row.table),
+        }
+
+    def _shapes(self, first: Row, later: Row, step: int) -> list[dict[str, tuple[int, ...]]]:
+        """The tensors that there may be, by name, each with its shape: any of these sets."""
+        noise = tuple(noise_source(later.request.noise, 0).state().shape)
+        always = {"noise": noise}
+        if later is not first:
+            always |= {"began": noise, "first_pass": self._shape(first)}
+        begun = {**always, "state": (len(later.table.live(step)), *self._shape(later))}
+        sets = [begun, {**begun, "drawn": self._shape(later)}]
+        return [*sets, always] if later is not first and step == 0 else sets
+
+    def _shape(self, row: Row) -> tuple[int, int, int]:
+        model = self._models[row.lane.model]
+        return model.latent_channels, row.lane.height // model.factor, row.lane.width // model.factor
+
+    def _most_bytes(self, row: Row) -> int:
+        largest = int(np.prod(self._shape(row.second or row)))
+        return 4 * largest * (SLOTS + 2) + 2 * noise_source(row.request.noise, 0).state().numel()
+
+
+@torch.inference_mode()
+def resume(row: Row) -> None:
+    """Put a prepared row where it was when it was saved."""
+    saved, row.resume = row.resume, None
+    if saved is None or saved.state is None:
+        return
+    assert row.state is not None and row.noise is not None, "a row is prepared before it goes on"
+    state_SCHW = torch.zeros_like(row.state)
+    state_SCHW[row.table.live(saved.step)] = saved.state.to(state_SCHW)
+    row.state, row.drawn, row.step = state_SCHW, saved.drawn, saved.step
+    row.noise.set_state(saved.noise)
+
+
+def request_fingerprint(request: Request) -> str:
+    """The same for requests that ask for the same picture of a model."""
+    digest = hashlib.sha256()
+    for field in fields(request):
+        value = getattr(request, field.name)
+        shown = f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
+        digest.update(f"{field.name}={shown}\n".encode())
+        if isinstance(value, np.ndarray):
+            digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def table_fingerprint(table: StepTable) -> str:
+    """Of the numbers as the device sees them: the last bits of float64 differ between processors."""
+    scales = np.array([table.init_noise_scale, table.init_image_scale, table.add_noise_scale])
+    digest = hashlib.sha256(f"{table.lines.shape}".encode())
+    for numbers in (table.lines, table.mix, scales):
+        digest.update((numbers.astype(np.float32) + np.float32(0)).tobytes())  # + 0: there is no negative zero left
+    return digest.hexdigest()
+
+
+def _saved(row: Row) -> Saved | None:
+    if row.noise is None or (row.state is None and row.first_pass is None):
+        return None
+    state_SCHW = None if row.state is None else _copied(row.state[row.table.live(row.step)])
+    return Saved(row.step, row.noise.state(), state_SCHW, _copied(row.drawn), _copied(row.first_pass), row.began)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _step(words: Mapping[str, str], row: Row) -> int:
+    said = words.get("step", "")
+    if said not in map(str, range(len(row.table))):
+        raise SavedRowUnusable(f"step={said!r:.20} is none of its {len(row.table)}")
+    return int(said)
+
+
+def _check(tensors: Mapping[str, Tensor], allowed: list[dict[str, tuple[int, ...]]]) -> None:
+    """Hold the tensors against the sets of shapes that there may be."""
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} not in allowed:
+        raise SavedRowUnusable("its tensors are not those of such a row")
+    for name, tensor in tensors.items():
+        if tensor.dtype != (torch.uint8 if name in ("noise", "began") else torch.float32):
+            raise SavedRowUnusable(f"its {name} is of {tensor.dtype}")
+
+
+def _source(request: Request, state: Tensor) -> NoiseSource:
+    source = noise_source(request.noise, request.seed)
+    try:
+        source.set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise SavedRowUnusable("the state of its noise is not one") from error
+    return source
