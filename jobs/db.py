@@ -20,8 +20,9 @@ from jobs.errors import DatabaseUnavailable, SettingsError
 from jobs.models import Timestamp
 from jobs.redaction import check_authority, shown_url
 
-#: How long a SQLite writer waits for another process's transaction before it gives up.
-BUSY_TIMEOUT_S = 10.0
+#: Seconds that a SQLite writer waits for another process's transaction before it gives up: longer than a backup or a
+#: vacuum of a small database lasts, and shorter than a lease, so that a heartbeat that waited still comes in time.
+BUSY_TIMEOUT_S = 20.0
 #: A writer thread waits for this process's own writer connection; above the busy timeout, so that gives up first.
 POOL_TIMEOUT_S = 30.0
 
