@@ -80,7 +80,8 @@ def test_every_job_is_done_once_although_a_worker_is_killed_in_the_middle(produc
         jobs = client.batch("night").wait(PATIENCE_S)
         assert {job.state for job in jobs} == {State.succeeded}, tail(log)
         assert len(jobs) == JOBS
-        assert sum(job.attempts for job in jobs) == JOBS + orphans, "only the killed worker's jobs were drawn again"
+        assert {job.attempts for job in jobs} == {1}, "nobody pays for a worker that was killed"
+        assert sum(job.suspect for job in jobs) == orphans, "only the killed worker's jobs were drawn again, alone"
         assert_each_image_is_there_once(jobs, production)
         stop(survivor, log)
         store.close()
