@@ -37,7 +37,7 @@ def bucket_server(rclone_server: S3Server) -> S3Server:
 
 @pytest.fixture(params=lanes.LANES)
 def lane(request: pytest.FixtureRequest) -> str:
-    """`@only("production")` runs a row on that lane alone."""
+    """`lanes.only` runs a row on one of them alone."""
     return str(request.param)
 
 

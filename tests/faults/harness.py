@@ -17,8 +17,11 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 from uuid import UUID
 
+import sqlalchemy as sa
+
 from jobs import Client, JobView, State
 from jobs.failpoints import VARIABLE
+from jobs.models import job as job_table
 from jobs.states import TERMINAL
 from jobs.store import Store
 from tests.faults.fake_runner import Entry, read_tally
@@ -55,6 +58,14 @@ class Worker:
     def says(self, text: str) -> bool:
         """Whether one of its announcements ("worker host:pid:uuid ...") holds the text."""
         return any(f":{self.pid}:" in line and text in line for line in self.night.log_text().splitlines())
+
+    def holds(self) -> list[UUID]:
+        """Its running jobs, as the database has it."""
+        return [id for id, owner in self.night.owners(State.running).items() if f":{self.pid}:" in owner]
+
+    def back_within_s(self) -> float:
+        """If it died: until its jobs are back in the queue, after its lease and a round of somebody's sweeper."""
+        return float(1.25 * self.options["lease_s"]) + SLACK_S
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; `wait` tells when it has ended."""
@@ -134,6 +145,12 @@ class Night:
         """Their states as they are now."""
         return self.store.states([job.id for job in self.jobs])
 
+    def owners(self, *states: State) -> dict[UUID, str]:
+        """The worker that claimed each job last; of jobs in these states."""
+        chosen = sa.select(job_table.c.id, job_table.c.worker_id).where(job_table.c.state.in_(states))
+        with self.store.engines.reader.connect() as connection:
+            return {row.id: str(row.worker_id) for row in connection.execute(chosen)}
+
     # Processes
 
     def environment(self, failpoint: str = "", **more: str) -> dict[str, str]:
@@ -153,6 +170,8 @@ class Night:
         environment: Mapping[str, str] = MappingProxyType({}),
         limits: Mapping[str, int] = MappingProxyType({}),
         clock_step_s: float = 0.0,
+        broker: Mapping[str, Any] = MappingProxyType({}),
+        deaf_s: float = 0.0,
         **options: Any,
     ) -> Worker:
         """Start a worker. options: of `worker.process.Options`; the rest as in `targets.worker`."""
@@ -167,6 +186,8 @@ class Night:
             mutation=mutation,
             limits=dict(limits),
             clock_step_s=clock_step_s,
+            broker=dict(broker),
+            deaf_s=deaf_s,
         )
         worker = Worker(self, process, chosen)
         self.workers.append(worker)
@@ -204,10 +225,11 @@ class Night:
 
     def wait_ended(self, timeout: float = PATIENCE_S) -> dict[UUID, JobView]:
         """All jobs of the night, once each has ended (I1)."""
-        self.wait_until(self._all_ended, f"the end of {len(self.jobs)} jobs", timeout)
+        self.wait_until(self.all_ended, f"the end of {len(self.jobs)} jobs", timeout)
         return dict(self.ended)
 
-    def _all_ended(self) -> bool:
+    def all_ended(self) -> bool:
+        """Whether each job of the night has."""
         fresh = [id for id, state in self.states().items() if state in TERMINAL and id not in self.ended]
         for start in range(0, len(fresh), 500):
             self.ended |= {view.id: view for view in self.client.jobs(ids=fresh[start : start + 500])}

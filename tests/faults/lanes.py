@@ -14,6 +14,7 @@ from pathlib import Path
 
 import boto3
 import psycopg
+import pytest
 import redis
 
 from jobs import Settings, schema
@@ -96,3 +97,8 @@ def make_bucket(server: S3Server) -> None:
     )
     with closing(client):
         client.create_bucket(Bucket=BUCKET)
+
+
+def only(*names: str) -> pytest.MarkDecorator:
+    """Run a row on these lanes alone."""
+    return pytest.mark.parametrize("lane", names, indirect=True)
