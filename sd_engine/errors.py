@@ -39,6 +39,10 @@ class OutOfMemory(RuntimeError):
     """Not even this row alone fits in the device's memory."""
 
 
+class DeviceLost(RuntimeError):
+    """The device answers nothing more in this process, whoever's row it was: only a new process can use it again."""
+
+
 class SavedRowUnusable(ValueError):
     """Bytes that no row can go on from: damaged, or of another request, model, step table or version."""
 

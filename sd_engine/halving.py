@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sd_engine.errors import OutOfMemory
+from sd_engine.errors import DeviceLost, OutOfMemory
 from sd_engine.row import Row
 
 # What allocators say that have no exception class of their own: the CPU's, and Apple's.
@@ -15,6 +15,23 @@ _MEMORY_WORDS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
+)
+
+# After these a process gets nothing but the same error of its device, for every row: CUDA's runtime API, "error types",
+# those that leave "the process in an inconsistent state", and a device that is gone.
+_LOST_WORDS = (
+    "illegal memory access",
+    "illegal instruction",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "misaligned address",
+    "invalid program counter",
+    "hardware stack error",
+    "operation not supported on global/shared address space",
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "no CUDA-capable device",
 )
 
 
@@ -27,6 +44,7 @@ def halving(
 
     too_large is told of every pack that memory did not suffice for. A row that does not fit alone fails with
     OutOfMemory. `work` must change no row unless it succeeds.
+    Raises DeviceLost where no row can be blamed: the device failed, and would fail every one.
     """
     if not rows:
         return
@@ -49,6 +67,8 @@ def _attempt(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> Exce
     try:
         work(rows)
     except Exception as error:
+        if is_device_lost(error):
+            raise DeviceLost(f"the device is lost to this process: {str(error).splitlines()[0]}") from error
         traceback.clear_frames(error.__traceback__)
         return error
     return None
@@ -57,6 +77,12 @@ def _attempt(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> Exce
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of any device ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _MEMORY_WORDS)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the device will answer every later call with an error too."""
+    said = str(error)
+    return ("CUDA error" in said or "HIP error" in said) and any(word in said for word in _LOST_WORDS)
 
 
 def _give_back() -> None:

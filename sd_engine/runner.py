@@ -57,10 +57,7 @@ class Runner:
     def prepare(self, rows: Sequence[Row]) -> None:
         """Give newly admitted rows their contexts, their source of noise and the latent that they start from."""
         for row in rows:
-            try:
-                self._prepare(row)
-            except Exception as error:
-                row.error = error
+            halving(lambda only: self._prepare(only[0]), [row])
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[Row], too_large: Callable[[Sequence[Row]], None]) -> None:

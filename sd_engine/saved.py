@@ -6,7 +6,6 @@ the request), and then gets its latent, the memory that its sampler still reads,
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Final
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sd_engine.errors import SavedRowUnusable
+from sd_engine.fingerprints import request_fingerprint, table_fingerprint
 from sd_engine.noise import NoiseSource, noise_source
 from sd_engine.request import Request
 from sd_engine.row import Row, Saved
-from sd_engine.samplers import SLOTS, StepTable
-from sd_engine.sealed import seal, unseal
+from sd_engine.samplers import SLOTS
+from sd_engine.sealed import Array, seal, unseal
 
 if TYPE_CHECKING:
     from sd_engine.model import Model
@@ -47,7 +47,8 @@ class Saver:
             return b""
         words = {**self._words(row), "pass": _FIRST if saved.first_pass is None else _SECOND, "step": str(saved.step)}
         tensors = {field.name: getattr(saved, field.name) for field in fields(saved) if field.name != "step"}
-        return seal(KIND, VERSION, words, {name: tensor for name, tensor in tensors.items() if tensor is not None})
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+        return seal(KIND, VERSION, words, arrays)
 
     def load(self, row: Row, data: bytes) -> Row:
         """The row, of the pass that `data` was saved in, to go on there as soon as it is prepared (`resume`).
@@ -57,7 +58,7 @@ class Saver:
         """
         if not data:
             return row
-        words, tensors = unseal(KIND, VERSION, data, limit=self._most_bytes(row))
+        words, arrays = unseal(KIND, VERSION, data, limit=self._most_bytes(row))
         later = row if words.get("pass") == _FIRST else row.second
         if later is None:
             raise SavedRowUnusable("it is in a pass that its request does not have")
@@ -65,8 +66,8 @@ class Saver:
             if words.get(name) != ours:
                 raise SavedRowUnusable(f"it was saved with another {name}")
         step = _step(words, later)
-        _check(tensors, self._shapes(row, later, step))
-        return self._placed(later, Saved(step, **tensors))
+        _check(arrays, self._shapes(row, later, step))
+        return self._placed(later, Saved(step, **{name: torch.from_numpy(array) for name, array in arrays.items()}))
 
     def _placed(self, row: Row, saved: Saved) -> Row:
         for state in (saved.noise, saved.began):
@@ -91,7 +92,7 @@ class Saver:
         }
 
     def _shapes(self, first: Row, later: Row, step: int) -> list[dict[str, tuple[int, ...]]]:
-        """The tensors that there may be, by name, each with its shape: any of these sets."""
+        """The arrays that there may be, by name, each with its shape: any of these sets."""
         noise = tuple(noise_source(later.request.noise, 0).state().shape)
         always = {"noise": noise}
         if later is not first:
@@ -122,27 +123,6 @@ def resume(row: Row) -> None:
     row.noise.set_state(saved.noise)
 
 
-def request_fingerprint(request: Request) -> str:
-    """The same for requests that ask for the same picture of a model."""
-    digest = hashlib.sha256()
-    for field in fields(request):
-        value = getattr(request, field.name)
-        shown = f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else repr(value)
-        digest.update(f"{field.name}={shown}\n".encode())
-        if isinstance(value, np.ndarray):
-            digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
-def table_fingerprint(table: StepTable) -> str:
-    """Of the numbers as the device sees them: the last bits of float64 differ between processors."""
-    scales = np.array([table.init_noise_scale, table.init_image_scale, table.add_noise_scale])
-    digest = hashlib.sha256(f"{table.lines.shape}".encode())
-    for numbers in (table.lines, table.mix, scales):
-        digest.update((numbers.astype(np.float32) + np.float32(0)).tobytes())  # + 0: there is no negative zero left
-    return digest.hexdigest()
-
-
 def _saved(row: Row) -> Saved | None:
     if row.noise is None or (row.state is None and row.first_pass is None):
         return None
@@ -161,13 +141,13 @@ def _step(words: Mapping[str, str], row: Row) -> int:
     return int(said)
 
 
-def _check(tensors: Mapping[str, Tensor], allowed: list[dict[str, tuple[int, ...]]]) -> None:
-    """Hold the tensors against the sets of shapes that there may be."""
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} not in allowed:
-        raise SavedRowUnusable("its tensors are not those of such a row")
-    for name, tensor in tensors.items():
-        if tensor.dtype != (torch.uint8 if name in ("noise", "began") else torch.float32):
-            raise SavedRowUnusable(f"its {name} is of {tensor.dtype}")
+def _check(arrays: Mapping[str, Array], allowed: list[dict[str, tuple[int, ...]]]) -> None:
+    """Hold the arrays against the sets of shapes that there may be."""
+    if {name: array.shape for name, array in arrays.items()} not in allowed:
+        raise SavedRowUnusable("its arrays are not those of such a row")
+    for name, array in arrays.items():
+        if array.dtype != (np.uint8 if name in ("noise", "began") else np.float32):
+            raise SavedRowUnusable(f"its {name} is of {array.dtype}")
 
 
 def _source(request: Request, state: Tensor) -> NoiseSource:

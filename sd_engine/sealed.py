@@ -1,4 +1,4 @@
-"""Tensors and words as bytes that are read back whole or not at all: safetensors, with a digest of all that is in them.
+"""Arrays and words as bytes that are read back whole or not at all: safetensors, with a digest of all that is in them.
 
 The digest finds damage; it proves no origin. Nothing that is read is executed, and nothing larger than what was asked
 for is taken apart.
@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from safetensors.torch import load, save
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, save
 
 from sd_engine.errors import SavedRowUnusable
 
@@ -20,22 +21,24 @@ from sd_engine.errors import SavedRowUnusable
 HEADER_LIMIT: Final = 64 * 1024
 _DIGEST: Final = "sha256"
 
+Array = npt.NDArray[np.generic]
+
 
 class Unsealed(NamedTuple):
-    """What was sealed. tensors: on the CPU."""
+    """What was sealed."""
 
     words: dict[str, str]
-    tensors: dict[str, Tensor]
+    arrays: dict[str, Array]
 
 
-def seal(kind: str, version: int, words: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
-    """Words and tensors (of the CPU, contiguous, none sharing another's memory) as bytes."""
+def seal(kind: str, version: int, words: Mapping[str, str], arrays: Mapping[str, Array]) -> bytes:
+    """Words and contiguous arrays as bytes."""
     all_words = {**words, "kind": kind, "version": str(version)}
-    return save(dict(tensors), metadata={**all_words, _DIGEST: _digest(all_words, tensors)})
+    return save(dict(arrays), metadata={**all_words, _DIGEST: _digest(all_words, arrays)})
 
 
 def unseal(kind: str, version: int, data: bytes, *, limit: int) -> Unsealed:
-    """What `seal` was given. limit: the most bytes of all tensors.
+    """What `seal` was given. limit: the most bytes of all arrays.
 
     Raises SavedRowUnusable for bytes that are larger, damaged, or of another kind or version.
     """
@@ -49,13 +52,13 @@ def unseal(kind: str, version: int, data: bytes, *, limit: int) -> Unsealed:
     if said[1:] != (kind, str(version)):
         raise SavedRowUnusable(f"it is {said[1]!r:.40} of version {said[2]!r:.40}, not {kind!r} of version {version}")
     try:
-        tensors = load(data)
-        digest = _digest({**words, "kind": kind, "version": str(version)}, tensors)
+        arrays: dict[str, Array] = load(data)
+        digest = _digest({**words, "kind": kind, "version": str(version)}, arrays)
     except Exception as error:  # whatever the library makes of bytes that are no file of it
-        raise SavedRowUnusable("its tensors are damaged") from error
+        raise SavedRowUnusable("its arrays are damaged") from error
     if said[0] != digest:
         raise SavedRowUnusable("it is damaged: its digest is another")
-    return Unsealed(words, tensors)
+    return Unsealed(words, arrays)
 
 
 def _words(data: bytes) -> dict[str, str]:
@@ -66,9 +69,9 @@ def _words(data: bytes) -> dict[str, str]:
     return {str(name): str(value) for name, value in header["__metadata__"].items()}
 
 
-def _digest(words: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def _digest(words: Mapping[str, str], arrays: Mapping[str, Array]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(words.items())).encode("utf-8"))
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode("utf-8"))
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode("utf-8"))
+        digest.update(array.tobytes())
     return digest.hexdigest()

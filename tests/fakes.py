@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_engine import Cancelled, Finished, InvalidRequest, Request
+from sd_engine import Cancelled, Finished, InvalidRequest, Request, SavedRowUnusable
 from worker.engine_thread import Workshop
 
 SIDE = 64
@@ -53,12 +53,16 @@ class FakeEngine:
     def idle(self) -> bool:
         return not self._rows
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, saved: bytes | None = None) -> int:
         if request.model is not None and request.model not in self.models:
             raise InvalidRequest("model", request.model, "one of " + ", ".join(self.models))
         id = next(self._ids)
-        self._rows[id] = _Row(request)
+        self._rows[id] = _Row(request, _steps_of(request, saved) if saved else 0)
         return id
+
+    def save(self, id: int) -> bytes:
+        row = self._rows[id]
+        return f"{row.done} {row.request.prompt} {row.request.seed}".encode() if row.done else b""
 
     def cancel(self, id: int) -> None:
         if id in self._rows:
@@ -86,6 +90,13 @@ class FakeEngine:
             return None
         del self._rows[id]
         return Finished(id, row.request, None if error else fake_image(row.request), error)
+
+
+def _steps_of(request: Request, saved: bytes) -> int:
+    done, _, of = saved.decode("utf-8", "replace").partition(" ")
+    if of != f"{request.prompt} {request.seed}" or not done.isdecimal():
+        raise SavedRowUnusable("it is of another request")
+    return int(done)
 
 
 def fake_workshop(

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.failpoints import failpoint
-from sd_engine import Finished, Request
+from sd_engine import Finished, Request, SavedRowUnusable
+from sd_engine.errors import DeviceLost
 from worker.exit_codes import BROKEN
-from worker.reasons import Draining
+from worker.reasons import Draining, StepBroke
+from worker.saved_group import SavedGroup, seal_group, unseal_group
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ class EngineLike(Protocol):
 
     @property
     def idle(self) -> bool: ...
-    def add(self, request: Request) -> int: ...
+    def add(self, request: Request, saved: bytes | None = None) -> int: ...
+    def save(self, id: int) -> bytes: ...
     def cancel(self, id: int) -> None: ...
     def step(self) -> list[Finished]: ...
     def progress(self, id: int) -> tuple[int, int]: ...
@@ -56,12 +59,14 @@ class Workshop:
 
 @dataclass(slots=True)
 class _Group:
-    """The rows of one claim: engine id -> place in the answer."""
+    """The rows of one claim: engine id -> place in the answer, and -> the steps that it came with."""
 
+    requests: Sequence[Request]
     future: Future[list[Pixels]]
-    places: dict[int, int]
-    images: dict[int, Pixels]
     added_at: float
+    places: dict[int, int] = field(default_factory=dict)
+    came_with: dict[int, int] = field(default_factory=dict)
+    images: dict[int, Pixels] = field(default_factory=dict)
 
 
 class EngineThread(threading.Thread):
@@ -95,11 +100,14 @@ class EngineThread(threading.Thread):
     def render(self, key: UUID, requests: Sequence[Request], saved: bytes | None = None) -> Future[list[Pixels]]:
         """One image (uint8 ``[H, W, 3]``) per request, in order.
 
+        ``saved``: from the ``Draining`` of the same requests, here or elsewhere: they go on exactly there. What cannot
+        be used of it is drawn from the start.
         The future raises the first error of a row (its sister rows leave too), ``InvalidRequest`` when the engine
-        refuses a request, the reason given to ``interrupt``, or ``Draining``.
+        refuses a request, the reason given to ``interrupt``, ``Draining`` with the rows as they stand, and what a step
+        raised as a whole: ``StepBroke`` when others were in flight, the error itself when they were alone.
         """
         future: Future[list[Pixels]] = Future()
-        self._commands.put(partial(self._add, key, requests, future))
+        self._commands.put(partial(self._add, key, requests, future, saved))
         return future
 
     def interrupt(self, key: UUID, reason: Exception) -> None:
@@ -134,6 +142,7 @@ class EngineThread(threading.Thread):
                 while not self._closed:
                     self._turn_or_start_anew()
         except BaseException:
+            # A lost device comes here too: nobody knows by whose row, so all are left to their leases.
             # Without this thread every task would wait for ever while the heartbeat keeps its lease alive.
             log.critical("the engine thread died; the process leaves", exc_info=True)
             self._exit(BROKEN)
@@ -141,6 +150,8 @@ class EngineThread(threading.Thread):
     def _turn_or_start_anew(self) -> None:
         try:
             self._turn()
+        except DeviceLost:
+            raise
         except Exception as error:
             self._start_anew(error)
 
@@ -173,19 +184,31 @@ class EngineThread(threading.Thread):
         except Empty:
             return
 
-    def _add(self, key: UUID, requests: Sequence[Request], future: Future[list[Pixels]]) -> None:
+    def _add(self, key: UUID, requests: Sequence[Request], future: Future[list[Pixels]], saved: bytes | None) -> None:
         if self._deadline is not None:
-            future.set_exception(Draining("the worker admits nothing more"))
+            future.set_exception(Draining("the worker admits nothing more", saved))
             return
-        group = _Group(future, {}, {}, self._clock())
-        self._groups[key] = group
+        group = self._groups[key] = _Group(requests, future, self._clock())
         try:
+            kept = _unsealed(key, requests, saved)
+            group.images.update(kept.images)
             for place, request in enumerate(requests):
-                id = self._engine.add(request)
-                group.places[id] = place
-                self._owner[id] = key
+                if place not in group.images:
+                    self._add_row(key, place, request, kept.rows.get(place))
         except Exception as error:
             self._fail(key, error)
+        else:
+            self._end_if_whole(key, group)
+
+    def _add_row(self, key: UUID, place: int, request: Request, saved: bytes | None) -> None:
+        try:
+            id = self._engine.add(request, saved)
+        except SavedRowUnusable as error:
+            log.warning("claim %s, image %d: drawn from the start: %s", key, place, error)
+            id = self._engine.add(request)
+        group = self._groups[key]
+        group.places[id], group.came_with[id] = place, self._engine.progress(id)[0]
+        self._owner[id] = key
 
     def _settle(self, row: Finished) -> None:
         key = self._owner.pop(row.id, None)
@@ -196,6 +219,9 @@ class EngineThread(threading.Thread):
             self._fail(key, row.error or RuntimeError(f"the engine finished row {row.id} with neither image nor error"))
             return
         group.images[group.places.pop(row.id)] = row.image
+        self._end_if_whole(key, group)
+
+    def _end_if_whole(self, key: UUID, group: _Group) -> None:
         if not group.places:
             del self._groups[key]
             group.future.set_result([group.images[place] for place in sorted(group.images)])
@@ -210,31 +236,63 @@ class EngineThread(threading.Thread):
         group.future.set_exception(reason)
 
     def _start_anew(self, error: Exception) -> None:
-        """A step raised as a whole: its rows fail with the reason, and the next jobs find a fresh engine."""
-        log.error("engine step failed, %d jobs in flight fail with it", len(self._groups), exc_info=error)
+        """A step raised as a whole: nobody can say for which row, and the next jobs find a fresh engine."""
+        log.error("engine step failed with %d jobs in flight", len(self._groups), exc_info=error)
         groups, self._groups = self._groups, {}
         self._owner.clear()
         self._engine = self._workshop.make_engine()
         for group in groups.values():
-            group.future.set_exception(error)
+            group.future.set_exception(error if len(groups) == 1 else _step_broke(error))
 
     def _drop_late_groups(self, deadline: float) -> None:
         now = self._clock()
         late = [key for key, group in self._groups.items() if now + self._remaining_s(group, now) > deadline]
         for key in late:
-            self._fail(key, Draining("it would not be done within the grace time"))
+            self._hand_back(key, "it would not be done within the grace time")
+
+    def _hand_back(self, key: UUID, why: str) -> None:
+        self._fail(key, Draining(why, self._saved(key, self._groups[key])))
+
+    def _saved(self, key: UUID, group: _Group) -> bytes | None:
+        """The group as it stands; None when nothing was made of it yet, or it cannot be had from the device."""
+        if not group.images and not any(self._engine.progress(id)[0] for id in group.places):
+            return None
+        try:
+            rows = {place: self._engine.save(id) for id, place in group.places.items()}
+            return seal_group(group.requests, SavedGroup(group.images, rows))
+        except Exception:
+            log.warning("claim %s: not saved, whoever has it next draws it from the start", key, exc_info=True)
+            return None
 
     def _remaining_s(self, group: _Group, now: float) -> float:
         """A guess from the row's own pace so far (lanes take turns), or from the last steps when it has not begun."""
         guesses = [0.0]
         for id in group.places:
             done, steps = self._engine.progress(id)
-            pace = (now - group.added_at) / done if done else self._step_s
+            here = done - group.came_with[id]
+            pace = (now - group.added_at) / here if here else self._step_s
             guesses.append((steps - done) * pace)
         return max(guesses)
 
     def _close(self) -> None:
         for key in list(self._groups):
-            self._fail(key, Draining("the worker ends"))
+            self._hand_back(key, "the worker ends")
         self._deadline = self._clock()
         self._closed = True
+
+
+def _unsealed(key: UUID, requests: Sequence[Request], saved: bytes | None) -> SavedGroup:
+    if saved is None:
+        return SavedGroup()
+    try:
+        return unseal_group(requests, saved)
+    except SavedRowUnusable as error:
+        log.warning("claim %s: drawn from the start: %s", key, error)
+        return SavedGroup()
+
+
+def _step_broke(error: Exception) -> StepBroke:
+    """One for each future: raising it again adds to its traceback, in another thread each."""
+    broke = StepBroke("a step broke that it shared with others")
+    broke.__cause__ = error
+    return broke
