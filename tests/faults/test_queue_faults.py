@@ -18,9 +18,9 @@ from jobs.states import State
 from tests.faults.callers import notes
 from tests.faults.checker import check
 from tests.faults.harness import Night
+from tests.faults.lanes import only
 from tests.faults.zygote import Forked
 
-EMBEDDED = pytest.mark.parametrize("lane", ["embedded"], indirect=True)
 #: Processes that were forked now are all at their work by then.
 GATE_S = 0.4
 
@@ -67,7 +67,7 @@ def test_row_45_twenty_submits_with_one_key_make_one_job(night: Night, processes
     check(night, broker=True)
 
 
-@EMBEDDED
+@only("embedded")
 def test_row_27_a_locked_database_makes_producers_wait_and_tells_them_nothing(night: Night) -> None:
     """SQLite locked by another process, producers"""
     lock_s = 15.0 if night.seed == 2 else 1.0
@@ -83,7 +83,7 @@ def test_row_27_a_locked_database_makes_producers_wait_and_tells_them_nothing(ni
     assert night.store.counts()[State.queued] == 10
 
 
-@EMBEDDED
+@only("embedded")
 @pytest.mark.fault_slice
 def test_row_29_a_killed_writer_takes_back_nothing_shown_and_leaves_a_sound_file(night: Night) -> None:
     """kill -9 during SQLite commits; then the end of its log is lost"""
