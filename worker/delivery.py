@@ -4,6 +4,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import TypeVar
@@ -19,7 +20,7 @@ from jobs.views import Claim, Output
 from sd_engine import InvalidRequest, WeightsError
 from worker.encode import encode
 from worker.leases import Lease
-from worker.reasons import CancelAsked, Draining, LeaseLost, OutcomeUnknown, StepBroke, Unusable
+from worker.reasons import CancelAsked, Draining, Interrupted, LeaseLost, OutcomeUnknown, StepBroke, Unusable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,13 +108,23 @@ def keep_trying(put: Callable[[], None], lease: Lease, outside: Outside) -> None
 def finish(lease: Lease, outputs: Sequence[Output], outside: Outside) -> None:
     """The guarded UPDATE that makes the pictures visible. Raises the reason when they must not be.
 
-    A commit that raised may have been applied, so it is asked again: the store knows its own token.
+    A commit that raised may have been applied, so it is asked again: the store knows its own token. While the database
+    is away that goes on until the lease runs out, for the picture is drawn and stored already.
     """
-    claim = lease.claim
-    try:
-        shown = again(lambda: outside.store.finish(claim, outputs), outside)
-    except Exception as error:
-        raise OutcomeUnknown(describe(error)) from error
+    claim, began = lease.claim, outside.clock()
+    for tries, wait_s in enumerate(chain(outside.back_off_s, repeat(outside.back_off_s[-1]))):
+        # A heartbeat that got through meanwhile tells that the trouble is this statement's own.
+        away = lease.trusted_since <= began and outside.clock() < began + outside.patience_s
+        last = lease.reason is not None or (tries >= len(outside.back_off_s) and not away)
+        try:
+            shown = outside.store.finish(claim, outputs)
+            break
+        except Exception as error:
+            if last:
+                raise OutcomeUnknown(describe(error)) from error
+            log.warning("trying again in %.1f s: %s", wait_s, describe(error))
+        with suppress(Interrupted):
+            lease.pause(wait_s)
     if not shown:
         raise lease.reason or CancelAsked("cancelled, or the lease lost, before it was shown")
     log.info("job %s: succeeded, %d images", claim.job_id, len(outputs))
