@@ -82,6 +82,10 @@ class TcpProxy(threading.Thread):
         self._switch(Way(refused=True))
         self.cut()
 
+    def forget(self) -> None:
+        """The connections that stand fall silent for ever, as when a firewall dropped them; new ones are served."""
+        self._do(self._forget())
+
     def cut(self) -> None:
         """Reset (RST) the connections that stand now; new ones are served as before."""
         self._do(self._cut())
@@ -123,6 +127,10 @@ class TcpProxy(threading.Thread):
         for link in list(self._links):
             link.reset()
         await asyncio.sleep(0)
+
+    async def _forget(self) -> None:
+        for link in self._links:
+            link.forgotten = True
 
     async def _close(self) -> None:
         if self._server is not None:
@@ -177,6 +185,8 @@ class TcpProxy(threading.Thread):
             if way.delay_s:
                 await asyncio.sleep(way.delay_s)
                 way = await self._flow()
+            if link.forgotten:
+                await self._loop.create_future()
             if way is not counted:
                 counted, passed = way, 0
             if reply and way.reply_bytes is not None:
@@ -187,12 +197,15 @@ class TcpProxy(threading.Thread):
             if reply and passed == way.reply_bytes:
                 raise ConnectionResetError
         await self._flow()  # an end is a packet too
+        if link.forgotten:
+            await self._loop.create_future()
 
 
 class _Link:
     """One client's connection and, once reached, ours to the server."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.forgotten = False
         self._sides = [(reader, writer)]
         self._dead = False
 

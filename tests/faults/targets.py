@@ -8,12 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from jobs.client import Client
 from jobs.settings import Settings
 from tests.faults import callers
 from tests.faults.fake_runner import fake_workshop
+from worker import app as worker_app
 from worker import logs
+from worker import process as worker_process
 from worker.preflight import open_services
 from worker.process import Options, run
 from worker.told import told_in_a_sentence
@@ -26,12 +29,20 @@ def worker(
     mutation: str = "",
     limits: Mapping[str, int] | None = None,
     clock_step_s: float = 0.0,
+    broker: Mapping[str, Any] | None = None,
+    deaf_s: float = 0.0,
 ) -> int:
     """`nightshift worker` from the settings on, with a fake runner.
 
     mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: of the resources
-    `resource.RLIMIT_<name>`. clock_step_s: how far its wall clock is from the others'.
+    `resource.RLIMIT_<name>`. clock_step_s: how far its wall clock is from the others'. broker: more of kombu's
+    transport options. deaf_s: how long it may hear nothing, in place of what suits its leases.
     """
+    if broker:
+        ours = worker_app.transport_options
+        patch.object(worker_app, "transport_options", lambda url: {**ours(url), **broker}).start()
+    if deaf_s:
+        patch.object(worker_process, "patience_for", lambda _: deaf_s).start()
     for name, limit in (limits or {}).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     if clock_step_s:

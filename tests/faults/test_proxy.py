@@ -107,6 +107,18 @@ def test_a_cut_resets_what_stands_and_serves_what_comes(proxy: TcpProxy) -> None
         assert ask(client, b"two") == b"two"
 
 
+def test_what_is_forgotten_stays_silent_while_new_connections_are_served(proxy: TcpProxy) -> None:
+    with connect(proxy) as before:
+        assert ask(before, b"one") == b"one"
+        proxy.forget()
+        before.sendall(b"two")
+        before.settimeout(SOON_S)
+        with pytest.raises(TimeoutError):
+            before.recv(1)
+        with connect(proxy) as after:
+            assert ask(after, b"three") == b"three"
+
+
 def test_a_truncated_reply_ends_in_its_middle(proxy: TcpProxy) -> None:
     with connect(proxy) as client:
         assert ask(client, b"whole") == b"whole"
