@@ -7,17 +7,33 @@ logged and never raised; the sweeper rings again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 from uuid import UUID
 
 from celery import Celery
+from kombu import Producer
 
 from jobs.redaction import shown_url
 
 log = logging.getLogger(__name__)
 
 TASK = "nightshift.render"
+
+#: Seconds that a producer or ringer waits for an answer of the broker. Few: a bell is not worth waiting for.
+ANSWER_S = 2.0
+#: After a ring that took a while and failed, the bell rests for so many times as long: a broker that swallows
+#: everything must not hold up each of a night's submits.
+REST_TIMES, REST_MOST_S = 5.0, 30.0
+_IMPATIENT = {
+    "socket_timeout": ANSWER_S,
+    "socket_connect_timeout": ANSWER_S,
+    "retry_on_timeout": False,
+    # Of kombu's own search for a connection, which has no end otherwise.
+    "max_retries": 1,
+    "interval_start": 0,
+}
 
 
 class Rung(Protocol):
@@ -56,51 +72,71 @@ def transport_options(broker_url: str) -> Mapping[str, Any]:
     }
 
 
-def send(app: Celery, job_id: UUID, model: str, priority: int, **options: Any) -> None:
-    """Ring for one job. In kombu's Redis transport 0 is the most urgent. Raises what the broker raises."""
-    app.send_task(
-        TASK,
-        [str(job_id)],
-        queue=queue_name(model),
-        priority=9 - priority,
-        ignore_result=True,
-        retry_policy={"max_retries": 1, "interval_start": 0.1},
-        **options,
-    )
-
-
 class Bell:
-    """The producer's bell. With `memory://` it never rings: that broker lives inside the worker, which looks itself."""
+    """One end of the bell's rope: that of a producer, and that of a worker which rings for rows that were forgotten."""
 
-    def __init__(self, broker_url: str) -> None:
-        self._broker_url = broker_url
+    def __init__(self, broker_url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        #: With `memory://` a producer never rings: that broker lives inside the worker, which looks itself.
         self.rings = not broker_url.startswith("memory:")
-        self._app = Celery("nightshift-producer", broker=broker_url, set_as_current=False)
+        self._clock, self._rest_until = clock, float("-inf")
+        self._shown = shown_url(broker_url)
+        # kombu wants a host even where there is none, and warns at every connection without it
+        broker = broker_url if broker_url != "memory://" else "memory://localhost//"
+        self._app = Celery("nightshift-bell", broker=broker, set_as_current=False)
         self._app.conf.update(
             task_serializer="json",
             accept_content=["json"],
             result_backend=None,
-            broker_connection_timeout=5,
-            broker_transport_options=dict(transport_options(broker_url)),
+            broker_connection_timeout=ANSWER_S,
+            broker_transport_options={**transport_options(broker_url), **_IMPATIENT},
         )
 
     def ring(self, jobs: Iterable[Rung]) -> int:
-        """Ring for each job, up to the first that the broker refuses; how many rang."""
+        """Ring for each job, up to the first that the broker refuses; how many rang. Never raises for the broker."""
         rung = 0
-        if not self.rings:
+        if not self.rings or self._clock() < self._rest_until:
             return rung
+        began = self._clock()
         try:
             with self._app.producer_or_acquire() as producer:
                 for job in jobs:
-                    send(self._app, job.id, job.model, job.priority, producer=producer)
+                    began = self._clock()
+                    self._send(job, producer=producer)
                     rung += 1
         except Exception as error:  # redis', kombu's and the socket's own kinds; none of them may undo a commit
+            now = self._clock()
+            self._rest_until = now + min(REST_MOST_S, REST_TIMES * (now - began))
             log.warning(
                 "the broker %s does not answer (%s); the jobs are stored and the workers' sweeper will find them",
-                shown_url(self._broker_url),
+                self._shown,
                 type(error).__name__,
             )
         return rung
+
+    def send(self, job: Rung) -> None:
+        """Ring for one job. Raises what the broker raises."""
+        with self._app.producer_or_acquire() as producer:
+            self._send(job, producer=producer)
+
+    def waiting(self, models: Iterable[str]) -> int:
+        """Bells of these models that nobody has taken yet, of whichever priority. Raises what the broker raises."""
+        with self._app.connection_or_acquire() as connection:
+            channel = connection.default_channel
+            return sum(channel.queue_declare(queue=queue_name(model)).message_count for model in models)
+
+    def _send(self, job: Rung, *, producer: Producer) -> None:
+        self._app.send_task(
+            TASK,
+            [str(job.id)],
+            # By name alone it goes through the nameless exchange. With a named one kombu would look its bindings up in
+            # Redis, and drop the message without a word when they are gone (FLUSHALL).
+            queue=queue_name(job.model),
+            # In kombu's Redis transport 0 is the most urgent.
+            priority=9 - job.priority,
+            ignore_result=True,
+            retry=False,
+            producer=producer,
+        )
 
     def close(self) -> None:
         """Close the connections to the broker."""

@@ -260,6 +260,11 @@ class Store:
         with self._engines.reader.connect() as connection:
             return store_read.unfinished(connection, models)
 
+    def claimable(self, models: Collection[str]) -> bool:
+        """Whether a job of these models could be claimed now."""
+        with self._engines.reader.connect() as connection:
+            return store_read.claimable(connection, models)
+
     def states(self, job_ids: Collection[UUID]) -> dict[UUID, State]:
         """The state of each of these jobs that exists; cheap, for waiting."""
         with self._engines.reader.connect() as connection:

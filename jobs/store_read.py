@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.engine import Connection, Row
 
+from jobs.db import db_now
 from jobs.errors import InvalidSpec
 from jobs.models import batch as batch_table
 from jobs.models import image, job
@@ -62,11 +63,12 @@ def jobs(
         .limit(limit)
     )
     rows = connection.execute(statement).all()
-    images = _images(connection, [row.id for row in rows if row.state == State.succeeded])
-    return [_view(row, images[row.id]) for row in rows]
+    found = images(connection, [row.id for row in rows if row.state == State.succeeded])
+    return [_view(row, found[row.id]) for row in rows]
 
 
-def _images(connection: Connection, job_ids: Sequence[UUID]) -> defaultdict[UUID, list[Output]]:
+def images(connection: Connection, job_ids: Sequence[UUID]) -> defaultdict[UUID, list[Output]]:
+    """The images of each of these jobs, in order."""
     found: defaultdict[UUID, list[Output]] = defaultdict(list)
     for some in chunks(job_ids):
         rows = connection.execute(sa.select(image).where(image.c.job_id.in_(some)).order_by(image.c.index))
@@ -143,3 +145,10 @@ def unfinished(connection: Connection, models: Collection[str] | None) -> int:
     if models is not None:
         statement = statement.where(job.c.model.in_(models))
     return connection.scalar(statement) or 0
+
+
+def claimable(connection: Connection, models: Collection[str]) -> bool:
+    """Whether a job of these models could be claimed now."""
+    waiting = sa.and_(job.c.state == State.queued, job.c.available_at <= db_now(), job.c.cancel_requested_at.is_(None))
+    one = sa.select(sa.literal(1)).where(waiting, job.c.model.in_(models)).limit(1)
+    return connection.scalar(one) is not None

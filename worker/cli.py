@@ -6,15 +6,19 @@ needs it, so that help and usage errors answer at once and without the extra.
 
 import json
 import logging
+import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from worker import THIS_WORKER
+from worker.exit_codes import DONE
+from worker.lifeline import Lifeline
 from worker.told import told_in_a_sentence
 
 MAX_SECONDS = 86400.0  # beyond a day it is a slip, and somewhere more than a clock can count
@@ -34,7 +38,7 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
 def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any]:
     return click.option(
         f"--{name}-seconds", type=click.FloatRange(min=0.1, max=MAX_SECONDS), default=default,
-        show_default=default is not None, envvar=f"NIGHTSHIFT_{name.upper()}_SECONDS", help=text,
+        show_default=default is not None, envvar=f"NIGHTSHIFT_{name.upper().replace('-', '_')}_SECONDS", help=text,
     )  # fmt: skip
 
 
@@ -44,8 +48,14 @@ Examples:
   nightshift worker
   nightshift worker --device cuda:1 --concurrency 32
   nightshift worker --device all --json          (one process per GPU)
+  nightshift worker --until-empty; echo $?       (0: nothing is left to do)
   nightshift worker --dtype fp16 --offload idle --max-units 16384
-                                                 (SD 1.5 on a card of 4 GB)"""
+                                                 (SD 1.5 on a card of 4 GB)
+
+\b
+Exit codes: 0 done or told to leave, 2 wrong settings, 69 a service did not answer at the start. The supervisor starts
+a worker again that ended by a signal or with 69, 70 (unforeseen), 71 (a step or the process hung) or 75 (it heard no
+bell although rows waited); with --no-supervisor these are what you see."""
 )
 @click.option(
     "--device", default="auto", show_default=True, callback=_device, help=f"{USABLE_DEVICES}: one process a GPU"
@@ -82,11 +92,27 @@ Examples:
 @_seconds("lease", 30.0, "how long a job stays ours without a sign of life")
 @_seconds("heartbeat", None, "between two signs of life; default: a third of the lease")
 @_seconds("grace", 25.0, "after SIGTERM: finish what fits, give the rest back, leave")
+@_seconds("step-limit", None, "a step that lasts longer hangs: the process ends; default: 300, on a CPU 1800")
+@_seconds("hang-limit", 60.0, "a process without a sign of life for so long is killed and started again")
+@click.option("--no-supervisor", is_flag=True, help="no process beside that starts this one again: yours does that")
 @click.option("--json", "as_json", is_flag=True, help="log JSON lines")
 @click.option("--verbose", is_flag=True, help="log more")
 @click.pass_context
-def worker(context: click.Context, /, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
+def worker(
+    context: click.Context,
+    /,
+    device: str,
+    as_json: bool,
+    verbose: bool,
+    no_supervisor: bool,
+    hang_limit_seconds: float,
+    **options: Any,
+) -> None:
     """Render queued jobs until told to leave (SIGTERM or Ctrl-C)."""
+    lifeline = Lifeline.from_environment()
+    if lifeline is not None:
+        lifeline.start()  # before anything that can hang, or take long to import
+    alone = no_supervisor or lifeline is not None
     lease_s, beat_s = options["lease_seconds"], options["heartbeat_seconds"]
     if beat_s is not None and beat_s > lease_s / 2:
         raise click.BadParameter(
@@ -94,25 +120,32 @@ def worker(context: click.Context, /, device: str, as_json: bool, verbose: bool,
             f"allowed: at most half of it, {lease_s / 2:g}",
             param_hint="'--heartbeat-seconds'",
         )
+    if alone and device == "all":
+        raise click.BadParameter(
+            "one process drives one device; name it, or leave --no-supervisor away", param_hint="'--device'"
+        )
     with told_in_a_sentence():
         from worker import logs
 
         logs.set_up(as_json=as_json, level=logging.DEBUG if verbose else logging.INFO)
-        if device == "all":
-            context.exit(_supervise(context.params))
-        context.exit(_work(device, **options))
+        context.exit(_work(device, lifeline, **options) if alone else _supervise(device, context.params))
 
 
 def _work(
     device: str,
+    lifeline: Lifeline | None,
     *,
     concurrency: int,
     until_empty: bool,
     lease_seconds: float,
     heartbeat_seconds: float | None,
     grace_seconds: float,
+    step_limit_seconds: float | None,
     **torch_options: Any,
 ) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(DONE))  # nothing is held yet: no drain, and no traceback of an import
+
     from jobs.settings import Settings
     from worker.preflight import open_services
 
@@ -131,20 +164,42 @@ def _work(
         poll_s=min(1.0, beat_s),
         grace_s=grace_seconds,
         until_empty=until_empty,
+        step_limit_s=step_limit_seconds,
     )
-    return run(
-        services, settings, options, lambda: open_workshop(served(settings), TorchOptions(device, **torch_options))
+    code = run(
+        services,
+        settings,
+        options,
+        lambda: open_workshop(served(settings), TorchOptions(device, **torch_options)),
+        lifeline,
     )
+    _leave(code)
 
 
-def _supervise(params: Mapping[str, Any]) -> int:
+def _supervise(device: str, params: Mapping[str, Any]) -> int:
     from worker.supervisor import Supervisor
+
+    commands = [child_command(name, params) for name in _devices(device)]
+    supervisor = Supervisor(commands, grace_s=params["grace_seconds"] + 5.0, hang_limit_s=params["hang_limit_seconds"])
+    supervisor.install_signal_handlers()
+    _leave(supervisor.run())
+
+
+def _devices(device: str) -> Sequence[str]:
+    if device != "all":
+        return [device]
     from worker.workshop import gpu_names
 
-    commands = [child_command(device, params) for device in gpu_names() or ["cpu"]]
-    supervisor = Supervisor(commands, grace_s=params["grace_seconds"] + 5.0)
-    supervisor.install_signal_handlers()
-    return supervisor.run()
+    return gpu_names() or ["cpu"]
+
+
+def _leave(code: int) -> NoReturn:
+    """End now. Python's own end would wait for threads that hang in a service, and a signal that comes meanwhile would
+    be the exit code."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:

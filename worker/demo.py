@@ -19,6 +19,7 @@ from jobs.errors import NightshiftError
 from jobs.settings import database_in, storage_in
 from jobs.views import JobView
 from worker import THIS_WORKER
+from worker.lifeline import Listening
 from worker.model_shelf import served
 from worker.sheet import Print, contact_sheet
 
@@ -174,7 +175,9 @@ def log_path(settings: Settings) -> Path:
 
 @contextmanager
 def running_worker(settings: Settings, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker process of its own, as in real use; it is told to leave at the end, and made to if it does not."""
+    """A worker process of its own, as in real use; it is told to leave at the end, and made to if it does not. It
+    leaves by itself when this process is gone without having told it."""
+    line = Listening()
     environment = os.environ | {
         "NIGHTSHIFT_HOME": str(settings.home),
         "NIGHTSHIFT_DATABASE_URL": settings.database_url,
@@ -183,7 +186,15 @@ def running_worker(settings: Settings, command: Sequence[str]) -> Iterator[subpr
         "NIGHTSHIFT_MODELS": ",".join(f"{name}={path}" for name, path in settings.models.items()),
     }
     with log_path(settings).open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            env=environment | line.environment,
+            pass_fds=line.pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    line.started()
     try:
         yield process
     finally:
@@ -193,6 +204,7 @@ def running_worker(settings: Settings, command: Sequence[str]) -> Iterator[subpr
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        line.close()
 
 
 class _Watch:

@@ -16,7 +16,8 @@ class Heartbeat(Periodic):
     """One statement per beat for all leases that the worker holds.
 
     ``beat_s`` must be well below ``lease_s``: a third leaves room for two missed beats. Cancels are looked for every
-    ``poll_s`` with a read that takes no lock.
+    ``poll_s`` with a read that takes no lock. While ``step_moves`` says no, only drawn jobs are extended: a lease is
+    for work that goes on.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class Heartbeat(Periodic):
         lease_s: float,
         beat_s: float,
         poll_s: float,
+        step_moves: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__("heartbeat", after_error_s=poll_s)
         self._store, self._leases, self._worker_id = store, leases, worker_id
         self._lease_s, self._beat_s, self._poll_s = lease_s, beat_s, poll_s
+        self._step_moves = step_moves
         self._clock = clock
         self._next_beat = 0.0
 
@@ -59,7 +62,8 @@ class Heartbeat(Periodic):
     def beat(self) -> None:
         """Extend all leases now; interrupt what was lost or cancelled."""
         began = self._clock()  # before the statement: we must stop trusting a lease before the database does
-        held = self._leases.held()
+        moves = self._step_moves()
+        held = {token: lease for token, lease in self._leases.held().items() if moves or lease.drawn}
         beat = self._store.heartbeat(self._worker_id, held.keys(), lease_s=self._lease_s)
         self._leases.trust(beat.held | beat.cancelled, began)
         for token in beat.cancelled:

@@ -10,24 +10,26 @@ from uuid import uuid4
 
 from celery import Celery
 
-from jobs import bell
+from jobs.bell import Bell
 from jobs.redaction import shown_url
 from jobs.settings import Settings
 from jobs.store import Store
-from jobs.views import Due
 from worker.app import Consumer, is_embedded, make_app, register, stop_consuming
 from worker.delivery import Outside
 from worker.drain import Drain, DrainSteps
 from worker.engine_thread import EngineThread, Workshop
 from worker.heartbeat import Heartbeat
 from worker.leases import Leases
+from worker.lifeline import Lifeline
+from worker.liveness import Liveness, patience_for
 from worker.periodic import Periodic
 from worker.preflight import Services
 from worker.slots import Slots
 from worker.solitude import Solitude
-from worker.sweeper import Pace, Sweeper, pace_for
+from worker.sweeper import Pace, Ringer, Sweeper, pace_for
 from worker.tasks import Deps, render
 from worker.uploads import Uploads
+from worker.watchdog import Watchdog, give_back, step_limit_for
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ class Options:
     """Times in seconds. ``concurrency``: jobs held at once, twice what the engine steps together, so that it always
     has candidates. ``until_empty``: leave when no job of our models is queued or running. ``acks_late``: a bell is
     acked when its pictures are drawn, not when it was heard. ``patience_s``: how long finished pictures wait for a
-    storage that is away; then their job waits ``snooze_s`` in the queue."""
+    storage that is away; then their job waits ``snooze_s`` in the queue. ``step_limit_s``: a step that lasts longer
+    hangs; None for what suits the device."""
 
     concurrency: int
     lease_s: float = 30.0
@@ -48,15 +51,23 @@ class Options:
     acks_late: bool = True
     patience_s: float = 600.0
     snooze_s: float = 60.0
+    step_limit_s: float | None = None
 
 
-def run(services: Services, settings: Settings, options: Options, open_workshop: Callable[[], Workshop]) -> int:
-    """Work until told to leave; the exit code. Call it in the main thread.
+def run(
+    services: Services,
+    settings: Settings,
+    options: Options,
+    open_workshop: Callable[[], Workshop],
+    lifeline: Lifeline | None = None,
+) -> int:
+    """Work until told to leave, or until the supervisor at the other end of ``lifeline`` is gone; the exit code. Call
+    it in the main thread.
 
     Raises a ``NightshiftError`` when no model can be loaded or the device is not there.
     """
     try:
-        return _Worker(settings, options, services, EngineThread(open_workshop)).run()
+        return _Worker(settings, options, services, EngineThread(open_workshop), lifeline).run()
     finally:
         services.store.close()
 
@@ -81,8 +92,15 @@ class UntilEmpty(Periodic):
 
 
 class _Worker:
-    def __init__(self, settings: Settings, options: Options, services: Services, engine: EngineThread) -> None:
-        self._settings, self._options, self._engine = settings, options, engine
+    def __init__(
+        self,
+        settings: Settings,
+        options: Options,
+        services: Services,
+        engine: EngineThread,
+        lifeline: Lifeline | None,
+    ) -> None:
+        self._settings, self._options, self._engine, self._lifeline = settings, options, engine, lifeline
         self._store, self._storage = services.store, services.storage
         self._id = worker_name()
         self._leases = Leases(engine.interrupt)
@@ -100,12 +118,14 @@ class _Worker:
         """Everything from the models to the last thread; see ``run`` of this module."""
         self._drain.install_signal_handlers()
         self._drain.start()
+        if self._lifeline is not None:
+            self._lifeline.tell(lambda: self._drain.request("the supervisor is gone"))
         self._engine.start()
         workshop = self._engine.ready.result()
         self._app = app = self._make_app(workshop)
         deps = self._deps(workshop)
         register(app, lambda job_id: render(job_id, deps))
-        threads = self._threads(app, workshop)
+        threads = self._threads(workshop)
         for thread in threads:
             thread.start()
         self._consume(app, workshop)
@@ -155,31 +175,41 @@ class _Worker:
             broken=workshop.broken,
         )
 
-    def _threads(self, app: Celery, workshop: Workshop) -> list[Periodic]:
-        options = self._options
+    def _threads(self, workshop: Workshop) -> list[Periodic]:
+        options, store, bell = self._options, self._store, Bell(self._settings.broker_url)
 
-        def ring(due: Due) -> None:
-            bell.send(app, due.id, due.model, due.priority)
+        def waiting() -> int:
+            return bell.waiting(workshop.models)
 
-        sweeper = Sweeper(self._store, ring, self._slots, workshop.models, self._pace)
-        if is_embedded(self._settings.broker_url):
-            self._slots.on_free = sweeper.wake  # nobody else rings: a freed slot would stay empty until the next round
-        threads: list[Periodic] = [
-            sweeper,
-            Heartbeat(
-                self._store,
-                self._leases,
-                self._id,
-                lease_s=options.lease_s,
-                beat_s=options.beat_s,
-                poll_s=options.poll_s,
-            ),
-        ]
+        embedded = is_embedded(self._settings.broker_url)
+        ringer = Ringer(
+            store, bell.send, self._slots, workshop.models, self._pace, waiting=None if embedded else waiting
+        )
+        if embedded:
+            self._slots.on_free = ringer.wake  # nobody else rings: a freed slot would stay empty until the next round
+        watchdog = Watchdog(
+            self._engine,
+            options.step_limit_s or step_limit_for(workshop.device),
+            lambda: give_back(store, self._leases),
+        )
+        heartbeat = Heartbeat(
+            store,
+            self._leases,
+            self._id,
+            lease_s=options.lease_s,
+            beat_s=options.beat_s,
+            poll_s=options.poll_s,
+            step_moves=watchdog.step_moves,
+        )
+        liveness = Liveness(store, self._slots, waiting, workshop.models, patience_s=patience_for(options.lease_s))
+        threads: list[Periodic] = [Sweeper(store, self._pace.sweep_s), ringer, heartbeat, watchdog, liveness]
         if options.until_empty:
             threads.append(UntilEmpty(self._store, workshop.models, self._slots, self._drain.request))
         return threads
 
     def _announce(self, workshop: Workshop) -> None:
+        if self._lifeline is not None:
+            self._lifeline.ready()
         log.info(
             "worker %s ready: device %s, models %s, %d jobs at once, database %s, broker %s, storage %s",
             self._id,

@@ -15,6 +15,8 @@ class Slots:
     def __init__(self, limit: int, *, forget_s: float, clock: Callable[[], float]) -> None:
         self.limit = limit
         self.closed = False
+        #: Tasks that have started since the process did.
+        self.begun = 0
         self.on_free: Callable[[], None] = _nothing
         self._forget_s = forget_s
         self._clock = clock
@@ -49,6 +51,7 @@ class Slots:
         with self._lock:
             self._rung.pop(job_id, None)
             self._busy += 1
+            self.begun += 1
         try:
             yield
         finally:

@@ -1,7 +1,6 @@
-"""Rings for rows that wait although this worker has room, and puts expired leases back into the queue."""
+"""Puts expired leases back into the queue, and rings for rows that wait although this worker has room."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,13 +31,47 @@ WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0)
 
 
 def pace_for(broker_url: str, lease_s: float) -> Pace:
-    """The pace for this broker; never slower than a quarter of a lease, or short leases would wait for the sweeper."""
+    """The pace for this broker; never slower than a quarter of a lease (bells age in half of one), or short leases
+    would wait for the sweeper."""
     pace = EMBEDDED if is_embedded(broker_url) else WITH_BROKER
-    return replace(pace, idle_s=min(pace.idle_s, lease_s / 4), sweep_s=min(pace.sweep_s, lease_s / 4))
+    quarter_s = lease_s / 4
+    return replace(
+        pace,
+        idle_s=min(pace.idle_s, quarter_s),
+        bell_age_s=min(pace.bell_age_s, 2 * quarter_s),
+        sweep_s=min(pace.sweep_s, quarter_s),
+    )
 
 
 class Sweeper(Periodic):
-    """Never rings for more than the free slots: a worker that is busy hears enough bells, so messages stay few."""
+    """Puts expired leases back into the queue every ``sweep_s``.
+
+    A thread of its own: a broker that hangs must not keep the jobs of a dead worker from the living.
+    """
+
+    def __init__(self, store: Store, sweep_s: float) -> None:
+        super().__init__("sweeper", after_error_s=sweep_s)
+        self._store, self._sweep_s = store, sweep_s
+
+    def tick(self) -> float:
+        swept = self._store.sweep()
+        if swept.requeued or swept.failed or swept.cancelled:
+            log.warning(
+                "expired leases: %d jobs queued again, %d failed, %d cancelled",
+                swept.requeued,
+                swept.failed,
+                swept.cancelled,
+            )
+        return self._sweep_s
+
+
+class Ringer(Periodic):
+    """Rings for rows that wait, for no more than the free slots less the bells that already wait in the broker: many
+    ringers at once, or one that comes back every round, then never fill it beyond what somebody will answer.
+
+    ``ring`` and ``waiting`` (bells of our models that nobody took yet) raise what the broker raises. Without
+    ``waiting`` nobody else rings or listens, and a bell takes a slot from the moment when it is rung.
+    """
 
     def __init__(
         self,
@@ -48,35 +81,23 @@ class Sweeper(Periodic):
         models: Sequence[str],
         pace: Pace,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        waiting: Callable[[], int] | None,
     ) -> None:
-        super().__init__("sweeper", after_error_s=pace.idle_s)
-        self._store, self._ring, self._slots = store, ring, slots
-        self._models, self._pace, self._clock = tuple(models), pace, clock
-        self._next_sweep = 0.0
+        super().__init__("ringer", after_error_s=pace.idle_s)
+        self._store, self._ring, self._waiting, self._slots = store, ring, waiting, slots
+        self._models, self._pace = tuple(models), pace
 
     def tick(self) -> float:
-        if self._clock() >= self._next_sweep:
-            self._next_sweep = self._clock() + self._pace.sweep_s
-            self._put_back_expired()
-        return self._pace.busy_s if self._ring_for_due() else self._pace.idle_s
+        missing = self._slots.free()
+        if missing and self._waiting is not None:
+            # Before rows are chosen: a broker that is away must not make their bells look fresh.
+            missing -= self._waiting()
+        return self._pace.busy_s if missing > 0 and self._ring_for_due(missing) else self._pace.idle_s
 
-    def _put_back_expired(self) -> None:
-        swept = self._store.sweep()
-        if swept.requeued or swept.failed or swept.cancelled:
-            log.warning(
-                "expired leases: %d jobs queued again, %d failed, %d cancelled",
-                swept.requeued,
-                swept.failed,
-                swept.cancelled,
-            )
-
-    def _ring_for_due(self) -> int:
-        free = self._slots.free()
-        if not free:
-            return 0
-        due = self._store.due(free, models=self._models, older_than_s=self._pace.bell_age_s)
+    def _ring_for_due(self, limit: int) -> int:
+        due = self._store.due(limit, models=self._models, older_than_s=self._pace.bell_age_s)
         for row in due:
-            self._slots.ring(str(row.id))
+            if self._waiting is None:
+                self._slots.ring(str(row.id))
             self._ring(row)
         return len(due)

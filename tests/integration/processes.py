@@ -56,8 +56,9 @@ def fake_worker(
 
 
 def real_worker(settings: Settings, log: Path, *options: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    """``nightshift worker`` itself, on the CPU with one thread."""
-    return process(["-m", "worker", "--device", "cpu", "--threads", "1", *options], settings, log)
+    """``nightshift worker`` itself, on the CPU with one thread, without a supervisor that would start it again."""
+    command = ["-m", "worker", "--no-supervisor", "--device", "cpu", "--threads", "1", *options]
+    return process(command, settings, log)
 
 
 def wait_until(happened: Callable[[], bool], what: str, log: Path) -> None:
