@@ -94,6 +94,7 @@ bell although rows waited); with --no-supervisor these are what you see."""
 @_seconds("grace", 25.0, "after SIGTERM: finish what fits, give the rest back, leave")
 @_seconds("step-limit", None, "a step that lasts longer hangs: the process ends; default: 300, on a CPU 1800")
 @_seconds("hang-limit", 60.0, "a process without a sign of life for so long is killed and started again")
+@_seconds("storage-patience", 600.0, "how long drawn pictures wait for a storage that is away, before their job does")
 @click.option("--no-supervisor", is_flag=True, help="no process beside that starts this one again: yours does that")
 @click.option("--json", "as_json", is_flag=True, help="log JSON lines")
 @click.option("--verbose", is_flag=True, help="log more")
@@ -141,6 +142,7 @@ def _work(
     heartbeat_seconds: float | None,
     grace_seconds: float,
     step_limit_seconds: float | None,
+    storage_patience_seconds: float,
     **torch_options: Any,
 ) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,6 +167,7 @@ def _work(
         grace_s=grace_seconds,
         until_empty=until_empty,
         step_limit_s=step_limit_seconds,
+        patience_s=storage_patience_seconds,
     )
     code = run(
         services,
