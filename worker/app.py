@@ -10,6 +10,7 @@ from celery.worker import state as celery_state
 from kombu import Queue
 
 from jobs.bell import TASK, queue_name, transport_options
+from worker.listening import forget_builtin_tasks
 
 
 def make_app(broker_url: str, models: Sequence[str], *, concurrency: int, acks_late: bool = True) -> Celery:
@@ -39,6 +40,7 @@ def make_app(broker_url: str, models: Sequence[str], *, concurrency: int, acks_l
         worker_soft_shutdown_timeout=0.0,
         worker_enable_soft_shutdown_on_idle=False,
         worker_enable_remote_control=False,
+        worker_consumer="worker.listening:Listener",
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
@@ -47,6 +49,9 @@ def make_app(broker_url: str, models: Sequence[str], *, concurrency: int, acks_l
         broker_pool_limit=concurrency + 4,
         broker_transport_options=dict(transport_options(broker_url)),
     )
+    if not is_embedded(broker_url):
+        app.conf.broker_transport = "worker.listening:RedisTransport"
+    forget_builtin_tasks(app)
     return app
 
 
