@@ -1,5 +1,6 @@
 """A claimed job to what the engine accepts: one request per image."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import KeyNotFound
+from jobs.errors import KeyNotFound, StorageError
 from jobs.picture_files import too_costly
 from jobs.spec import JobSpec
 from jobs.storage import Storage
@@ -44,10 +45,22 @@ def _picture(
     if key is None:
         return None
     try:
-        data = storage.get(key)
+        data = _whole(field, key, storage)
         # Looked at before it was stored, but others may write there too.
         if reason := too_costly(data):
             raise Unusable(f"{field}: {key} {reason}")
         return read(data, field)
     except KeyNotFound as error:
         raise Unusable(f"{field}: {key} is not in the storage. Submit the job again with the picture.") from error
+
+
+def _whole(field: str, key: str, storage: Storage) -> bytes:
+    """The bytes under a key that is named after them. Raises ``StorageError`` when they were cut off on their way: that
+    passes, and is not the job's fault."""
+    data = storage.get(key)
+    if hashlib.sha256(data).hexdigest() == key.rpartition("/")[2].partition(".")[0]:
+        return data
+    size = storage.look(key).size_bytes
+    if size != len(data):
+        raise StorageError(f"{field}: {len(data)} bytes of {key} arrived, it has {size}")
+    return data
