@@ -7,10 +7,12 @@ in a row is computed from these, with `SLACK_S` for a machine that does other th
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -27,6 +29,7 @@ from jobs.store import Store
 from tests.faults.fake_runner import Entry, read_tally
 from tests.faults.lanes import Place
 from tests.faults.zygote import Forked
+from worker.process import Options
 
 #: Longest wait for what must happen; never reached when all is well.
 PATIENCE_S = 60.0
@@ -78,6 +81,7 @@ class Worker:
     def stop(self, *numbers: int, code: int = 0) -> float:
         """SIGTERM (or these signals, one after the other), and the promise that goes with it: gone within the grace
         time, with this code. The seconds that it took."""
+        self.ready()  # one that is told so before it listens to signals ends at once, and owes nobody anything
         began = time.monotonic()
         for number in numbers or (signal.SIGTERM,):
             self.kill(number)
@@ -160,38 +164,23 @@ class Night:
         ours = {f"NIGHTSHIFT_{name.upper()}": str(value) for name, value in urls.items()}
         return self.place.aws | ours | ({VARIABLE: failpoint} if failpoint else {}) | more
 
-    def worker(
-        self,
-        *,
-        step_s: float = 0.002,
-        oom_rows: int = 0,
-        failpoint: str = "",
-        mutation: str = "",
-        environment: Mapping[str, str] = MappingProxyType({}),
-        limits: Mapping[str, int] = MappingProxyType({}),
-        clock_step_s: float = 0.0,
-        broker: Mapping[str, Any] = MappingProxyType({}),
-        deaf_s: float = 0.0,
-        **options: Any,
-    ) -> Worker:
-        """Start a worker. options: of `worker.process.Options`; the rest as in `targets.worker`."""
-        chosen = dict(self._defaults) | options
-        process = self.place.zygote.fork(
-            "worker",
-            self.environment(failpoint, **environment),
-            self.log,
-            options=chosen,
-            tally=str(self.tally),
-            fake={"step_s": step_s, "oom_rows": oom_rows},
-            mutation=mutation,
-            limits=dict(limits),
-            clock_step_s=clock_step_s,
-            broker=dict(broker),
-            deaf_s=deaf_s,
-        )
-        worker = Worker(self, process, chosen)
+    def worker(self, **how: Any) -> Worker:
+        """Start a worker: `failpoint`, `environment`, fields of `worker.process.Options`, arguments of the fake runner
+        (`step_s`, `oom_rows`), and any of `targets.worker`."""
+        given = self.worker_arguments(**how)
+        process = self.place.zygote.fork("worker", given["environment"], self.log, **given["arguments"])
+        worker = Worker(self, process, given["arguments"]["options"])
         self.workers.append(worker)
         return worker
+
+    def worker_arguments(
+        self, *, failpoint: str = "", environment: Mapping[str, str] = MappingProxyType({}), **how: Any
+    ) -> dict[str, Any]:
+        """What a worker process is given: its environment, its log and the arguments of `targets.worker`."""
+        options = {field.name: how.pop(field.name) for field in fields(Options) if field.name in how}
+        fake = {"step_s": 0.002} | {name: how.pop(name) for name in ("step_s", "oom_rows") if name in how}
+        arguments = {"options": dict(self._defaults) | options, "tally": str(self.tally), "fake": fake, **how}
+        return {"environment": self.environment(failpoint, **environment), "log": str(self.log), "arguments": arguments}
 
     def fork(self, target: str, *, failpoint: str = "", **arguments: Any) -> Forked:
         """Another process of this night: `targets.<target>`."""
@@ -264,11 +253,14 @@ class Night:
 
 
 class Guardian(threading.Thread):
-    """Starts a worker again when one has died, as a supervisor does, and keeps the codes of the dead."""
+    """Starts a worker again when one has died, as a supervisor does, and keeps the codes of the dead.
 
-    def __init__(self, night: Night, count: int, **how: Any) -> None:
+    kill_above_bytes: it also kills a process that holds more than this, as the kernel of a full machine does.
+    """
+
+    def __init__(self, night: Night, count: int, *, kill_above_bytes: int | None = None, **how: Any) -> None:
         super().__init__(name="guardian", daemon=True)
-        self._night, self._how = night, how
+        self._night, self._how, self._most = night, how, kill_above_bytes
         self._left = threading.Event()
         self.deaths: list[int] = []
         self.workers = [night.worker(**how) for _ in range(count)]
@@ -277,6 +269,8 @@ class Guardian(threading.Thread):
         while not self._left.wait(0.02):
             for i, worker in enumerate(self.workers):
                 code = worker.process.poll()
+                if code is None and self._most is not None and _resident_bytes(worker.pid) > self._most:
+                    worker.kill()
                 if code is not None and not self._left.is_set():
                     self.deaths.append(code)
                     self.workers[i] = self._night.worker(**self._how)
@@ -290,3 +284,11 @@ class Guardian(threading.Thread):
     ) -> None:
         self._left.set()
         self.join()
+
+
+def _resident_bytes(pid: int) -> int:
+    """What the process holds in memory now; 0 when it has ended."""
+    try:
+        return resource.getpagesize() * int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0

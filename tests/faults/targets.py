@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import resource
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from jobs import storage_s3
 from jobs.client import Client
 from jobs.settings import Settings
 from tests.faults import callers
@@ -17,6 +19,7 @@ from tests.faults.fake_runner import fake_workshop
 from worker import app as worker_app
 from worker import logs
 from worker import process as worker_process
+from worker.lifeline import Lifeline
 from worker.preflight import open_services
 from worker.process import Options, run
 from worker.told import told_in_a_sentence
@@ -31,20 +34,25 @@ def worker(
     clock_step_s: float = 0.0,
     broker: Mapping[str, Any] | None = None,
     deaf_s: float = 0.0,
+    s3_answer_s: float = 0.0,
+    lifeline: Lifeline | None = None,
 ) -> int:
     """`nightshift worker` from the settings on, with a fake runner.
 
-    mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: of the resources
-    `resource.RLIMIT_<name>`. clock_step_s: how far its wall clock is from the others'. broker: more of kombu's
-    transport options. deaf_s: how long it may hear nothing, in place of what suits its leases.
+    mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: see `set_limit`. clock_step_s: how
+    far its wall clock is from the others'. broker: more of kombu's transport options. deaf_s: how long it may hear
+    nothing, in place of what suits its leases. s3_answer_s: how long it waits for an answer of S3. lifeline: the tie to
+    its supervisor.
     """
     if broker:
         ours = worker_app.transport_options
         patch.object(worker_app, "transport_options", lambda url: {**ours(url), **broker}).start()
     if deaf_s:
         patch.object(worker_process, "patience_for", lambda _: deaf_s).start()
+    if s3_answer_s:
+        patch.object(storage_s3, "READ_S", s3_answer_s).start()
     for name, limit in (limits or {}).items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+        set_limit(name, limit)
     if clock_step_s:
         step_clock(clock_step_s)
     if mutation:
@@ -53,7 +61,11 @@ def worker(
         logs.set_up(as_json=False)
         settings = Settings()
         return run(
-            open_services(settings), settings, Options(**options), lambda: fake_workshop(tally=Path(tally), **fake)
+            open_services(settings),
+            settings,
+            Options(**options),
+            lambda: fake_workshop(tally=Path(tally), **fake),
+            lifeline,
         )
 
 
@@ -69,6 +81,31 @@ def call(function: str, arguments: Mapping[str, Any]) -> int:
     """What `tests.faults.callers` says under this name."""
     code: int = getattr(callers, function)(**arguments)
     return code
+
+
+def set_limit(name: str, limit: int) -> None:
+    """Limit this process. AS_MORE: bytes of memory above what it has now. THREADS: more threads than that cannot be
+    started, as the kernel answers where RLIMIT_NPROC is reached (which does not hold for root)."""
+    if name == "THREADS":
+        limit_threads(limit)
+    elif name == "AS_MORE":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit += pages * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    else:
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+
+
+def limit_threads(limit: int) -> None:
+    """Let the start of a thread fail while so many run."""
+    start: Any = threading._start_new_thread  # type: ignore[attr-defined]
+
+    def refuse(*arguments: Any) -> Any:
+        if threading.active_count() >= limit:
+            raise RuntimeError("can't start new thread")
+        return start(*arguments)
+
+    threading._start_new_thread = refuse  # type: ignore[attr-defined]
 
 
 def burn() -> int:
