@@ -6,7 +6,6 @@ process like any other: its own group, environment, log and random numbers; it d
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib
 import json
@@ -111,7 +110,7 @@ def running() -> Iterator[Zygote]:
         cwd=ROOT,
         env=environment | one_thread,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     its.close()
     try:
@@ -125,7 +124,7 @@ def running() -> Iterator[Zygote]:
         process.wait()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -165,24 +164,21 @@ def _fork(question: Mapping[str, Any], connection: socket.socket) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
-        _die_with_parent()
+        die_with_parent()
         connection.close()
-        _become(question["environment"], question["log"])
+        become(question["environment"], question["log"])
         targets = importlib.import_module("tests.faults.targets")
         code = getattr(targets, question["target"])(**question["arguments"])
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     except BaseException:
         traceback.print_exc()
-    # As an interpreter ends (threads are waited for, then what was registered), without a second for torch's modules.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # as `nightshift worker` ends
 
 
-def _become(environment: Mapping[str, str], log: str) -> None:
+def become(environment: Mapping[str, str], log: str) -> None:
     """A process of its own: output, settings, failpoints, random numbers."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(descriptor, 1)
