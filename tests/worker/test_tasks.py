@@ -117,6 +117,25 @@ def test_a_second_bell_for_a_finished_job_changes_nothing(world: World, store: S
     assert (store.get(job.id), objects(storage)) == (before, stored)
 
 
+def test_a_suspect_is_alone_until_it_is_shown(world: World, store: Store, storage: Storage) -> None:
+    """A crash of the next suspect while this one is being stored would be held against both."""
+    job = submit(store)
+    claim = store.claim(job.id, "a worker that died", lease_s=-1)
+    assert claim is not None
+    store.sweep()
+    entered: list[bool] = []
+
+    class Looking(DirStorage):
+        def put(self, key: str, data: bytes, content_type: str) -> None:
+            entered.append(world.deps.solitude._alone)
+            super().put(key, data, content_type)
+
+    assert isinstance(storage, DirStorage)
+    world.render(job, storage=Looking(storage._root))
+    assert store.get(job.id).state is State.succeeded
+    assert entered == [True]
+
+
 def test_a_process_that_leaves_claims_nothing(world: World, store: Store) -> None:
     job = submit(store)
     world.deps.solitude.close()
