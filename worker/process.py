@@ -185,8 +185,7 @@ class _Worker:
         ringer = Ringer(
             store, bell.send, self._slots, workshop.models, self._pace, waiting=None if embedded else waiting
         )
-        if embedded:
-            self._slots.on_free = ringer.wake  # nobody else rings: a freed slot would stay empty until the next round
+        self._slots.on_free = ringer.freed
         watchdog = Watchdog(
             self._engine,
             options.step_limit_s or step_limit_for(workshop.device),

@@ -86,13 +86,22 @@ class Ringer(Periodic):
         super().__init__("ringer", after_error_s=pace.idle_s)
         self._store, self._ring, self._waiting, self._slots = store, ring, waiting, slots
         self._models, self._pace = tuple(models), pace
+        self._finds = False
 
     def tick(self) -> float:
         missing = self._slots.free()
         if missing and self._waiting is not None:
             # Before rows are chosen: a broker that is away must not make their bells look fresh.
             missing -= self._waiting()
-        return self._pace.busy_s if missing > 0 and self._ring_for_due(missing) else self._pace.idle_s
+        if missing > 0:
+            self._finds = self._ring_for_due(missing) > 0
+        return self._pace.busy_s if self._finds else self._pace.idle_s
+
+    def freed(self) -> None:
+        """A slot is free. Where nobody else rings for it, or bells were lost, it would stay empty until the next
+        round."""
+        if self._waiting is None or self._finds:
+            self.wake()
 
     def _ring_for_due(self, limit: int) -> int:
         due = self._store.due(limit, models=self._models, older_than_s=self._pace.bell_age_s)
