@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, overload
@@ -13,15 +13,18 @@ from uuid import UUID
 
 from jobs import schema
 from jobs.bell import Bell
-from jobs.errors import FieldError, InvalidSpec, JobNotFound, StorageError, WaitTimeout
+from jobs.errors import FieldError, InvalidSpec, JobNotFound, KeyNotFound, StorageError, WaitTimeout
 from jobs.failpoints import failpoint
 from jobs.inputs import Inputs
+from jobs.prune import Order, Prune, Pruned, Watch, silently
+from jobs.repair import DIFFERS, MISSING, Damage, all_shown, check, queue_again, why_broken
 from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
 from jobs.states import TERMINAL, State
 from jobs.storage import Storage, open_storage
 from jobs.store import Store
-from jobs.views import Due, JobView
+from jobs.store_prune import Housekeeper
+from jobs.views import Due, JobView, Output
 
 #: What may be submitted: a spec, its fields, or a prompt alone.
 Submittable = JobSpec | Mapping[str, Any] | str
@@ -167,23 +170,68 @@ class Client:
         self._ring([self.get(job_id)])
 
     def image_bytes(self, job_id: UUID | str | JobView, index: int = 0) -> bytes:
-        """The PNG of one image. Raises JobNotFound when there is none (yet), StorageError."""
-        found = {image.index: image for image in self.get(job_id).images}.get(index)
-        if found is None:
-            raise JobNotFound(f"job {as_id(job_id)} has no image {index}")
-        data = self._storage.get(found.key)
+        """The PNG of one image. Raises JobNotFound when there is none (yet), StorageError; KeyNotFound when the
+        database names it and the storage has lost it."""
+        found = self._image(job_id, index)
+        try:
+            data = self._storage.get(found.key)
+        except KeyNotFound:
+            raise KeyNotFound(_lost(job_id, index, MISSING)) from None
         if hashlib.sha256(data).hexdigest() != found.sha256:
-            raise StorageError(
-                f"image {index} of job {as_id(job_id)} is not what the worker stored (its sha256 differs)"
-            )
+            raise StorageError(_lost(job_id, index, DIFFERS, "--deep "))
         return data
 
     def image_url(self, job_id: UUID | str | JobView, index: int = 0) -> str:
-        """Where the image is: file:///... or s3://... Raises JobNotFound when there is none (yet)."""
+        """Where the image is: file:///... or s3://... Raises JobNotFound when there is none (yet), StorageError;
+        KeyNotFound when the database names it and the storage has lost it: no link is given that leads nowhere."""
+        found = self._image(job_id, index)
+        if not self._storage.exists(found.key):
+            raise KeyNotFound(_lost(job_id, index, MISSING))
+        return self._storage.url(found.key)
+
+    def _image(self, job_id: UUID | str | JobView, index: int) -> Output:
         for image in self.get(job_id).images:
             if image.index == index:
-                return self._storage.url(image.key)
+                return image
         raise JobNotFound(f"job {as_id(job_id)} has no image {index}")
+
+    def broken_images(self, view: JobView) -> dict[int, str]:
+        """Why which images of the job cannot be shown. Raises StorageError."""
+        reasons = {image.index: why_broken(self._storage, image) for image in view.images}
+        return {index: reason for index, reason in reasons.items() if reason is not None}
+
+    def prune(self, order: Order, watch: Watch = silently) -> Pruned:
+        """Remove old jobs with all that is theirs, and objects that no row names. Raises StorageError.
+
+        `watch` goes through each step, so that progress can be shown.
+        """
+        return Prune(Housekeeper(self._store.engines), self._storage, order).run(watch)
+
+    def count_succeeded(self, batch: str | None = None) -> int:
+        """How many jobs show pictures."""
+        return self.counts(batch)[State.succeeded]
+
+    def check_images(
+        self,
+        *,
+        batch: str | None = None,
+        job_ids: Collection[UUID | str | JobView] = (),
+        deep: bool = False,
+        all_missing: bool = False,
+        seen: Callable[[int], None] = lambda count: None,
+    ) -> list[Damage]:
+        """Pictures that the database names and the storage has lost: of these jobs, of a batch, or of all.
+
+        deep: every byte is read. Raises JobNotFound, StorageError, and AllMissing rather than call every picture lost.
+        """
+        jobs = [self.get(job_id) for job_id in job_ids] or all_shown(Housekeeper(self._store.engines), batch)
+        return check(self._storage, jobs, deep=deep, all_missing=all_missing, seen=seen)
+
+    def repair(self, damage: Iterable[Damage]) -> list[UUID]:
+        """Queue the jobs of damaged pictures again; which ones that are."""
+        queued = queue_again(Housekeeper(self._store.engines), damage)
+        self._ring(view for some in _slices(queued) for view in self.jobs(ids=some))
+        return queued
 
     def close(self) -> None:
         """Close the connections to database and broker."""
@@ -228,6 +276,11 @@ def as_id(job: UUID | str | JobView) -> UUID:
         return job if isinstance(job, UUID) else UUID(str(job))
     except ValueError:
         raise JobNotFound(f"{str(job)[:60]!r} is no job id; an id looks like {UUID(int=7 << 76 | 1 << 63)}") from None
+
+
+def _lost(job_id: UUID | str | JobView, index: int, reason: str, deep: str = "") -> str:
+    job = as_id(job_id)
+    return f"image {index} of job {job} {reason}; draw it again: nightshift repair {deep}--job {job}"
 
 
 def _as_spec(spec: Submittable | None, fields: Mapping[str, Any]) -> JobSpec:

@@ -35,6 +35,8 @@ PLACES: Mapping[str, str] = MappingProxyType(
         "after_finish_commit": "finish: committed, the worker has not got the answer",
         "before_ack": "the job's story has ended, the broker does not know",
         "after_save": "a leaving worker stored its rows, the job is not released",
+        "after_prune_note": "prune: what is about to go is written down, its rows are there",
+        "after_prune_rows": "prune: the rows are gone, their objects are there",
     }
 )
 

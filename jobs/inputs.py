@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -20,6 +22,8 @@ from jobs.storage import Storage
 
 MAX_BYTES = 20_000_000
 MAX_PIXELS = 32_000_000
+#: Half of what prune waits (`prune.INPUT_AGE`), so that neither clock need be right to the hour.
+RENEWED_AFTER = timedelta(hours=12)
 #: Pillow's name of the format, the ending of our key, the content type. No other decoder is ever tried. MPO is what
 #: Pillow calls the JPEG of a phone that has a second picture inside (a depth map, a preview): the first one counts.
 _FORMATS = {
@@ -68,9 +72,20 @@ class Inputs:
         return spec.model_copy(update={field: picture.key for field, picture in pictures.items()})
 
     def _check_there(self, field: str, key: InputKey) -> None:
-        if key not in self._there and not self._storage().exists(key):
-            raise _refused(field, f"{key} is not in the storage; give the picture itself")
+        if key in self._there:
+            return
+        try:
+            if not self._is_young(key):
+                content_type = dict(_FORMATS.values()).get(key.rpartition(".")[2], "application/octet-stream")
+                self._storage().put(key, self._storage().get(key), content_type)
+        except KeyNotFound:
+            raise _refused(field, f"{key} is not in the storage; give the picture itself") from None
         self._there.add(key)
+
+    def _is_young(self, key: InputKey) -> bool:
+        """Whether it was stored of late. One that was not is stored again: `prune` removes what no job names and what
+        is old, and the job that will name this one is not inserted yet. Raises KeyNotFound."""
+        return self._storage().look(key).modified > datetime.now(UTC) - RENEWED_AFTER
 
     def _picture(self, field: str, source: bytes | Path | InputKey) -> Picture:
         found = self._seen.get((field, source)) or self._looked_at(field, source)
@@ -95,8 +110,12 @@ class Inputs:
             raise _refused(field, f"{key} is not in the storage; give the picture itself") from None
 
     def _put(self, picture: Picture) -> None:
-        if picture.data is not None and not self._storage().exists(picture.key):
-            self._storage().put(picture.key, picture.data, picture.content_type)
+        if picture.data is None:
+            return
+        with contextlib.suppress(KeyNotFound):
+            if self._is_young(picture.key):
+                return
+        self._storage().put(picture.key, picture.data, picture.content_type)
 
 
 def look_at(field: str, data: bytes) -> Picture:

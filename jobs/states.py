@@ -21,7 +21,8 @@ TRANSITIONS = MappingProxyType(
         State.queued: frozenset({State.running, State.cancelled}),
         # Back to queued: released by a draining worker, retried after an error, or the lease expired.
         State.running: frozenset({State.succeeded, State.failed, State.cancelled, State.queued}),
-        State.succeeded: frozenset[State](),
+        # Only a person's `repair`, when a picture is missing in the storage: there is nothing left to be shown then.
+        State.succeeded: frozenset({State.queued}),
         # failed is the dead-letter state: only a person's `retry` brings a job back.
         State.failed: frozenset({State.queued}),
         State.cancelled: frozenset[State](),

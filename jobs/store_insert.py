@@ -109,11 +109,15 @@ def _new_view(row: Prepared, batch: str | None, now: datetime) -> JobView:
 
 
 def _batch_id(connection: Connection, name: str, now: datetime, rows: Sequence[Prepared]) -> UUID:
-    """The batch of this name, made when it is new."""
+    """The batch of this name, made when it is new, and held until the end of the transaction: no prune removes it."""
     _check_name("batch", name)
     fresh = rows[0].id if rows else next(ordered_ids(1, time.time_ns() // 1_000_000, random.SystemRandom()))
-    connection.execute(_insert_new(connection, batch_table, "name"), [{"id": fresh, "name": name, "created_at": now}])
-    found: UUID = connection.execute(sa.select(batch_table.c.id).where(batch_table.c.name == name)).scalar_one()
+    insert = _insert_new(connection, batch_table, "name")
+    hold = sa.select(batch_table.c.id).where(batch_table.c.name == name).with_for_update(read=True, key_share=True)
+    found: UUID | None = None
+    while found is None:  # again when an empty batch was pruned between the two
+        connection.execute(insert, [{"id": fresh, "name": name, "created_at": now}])
+        found = connection.scalar(hold)
     return found
 
 

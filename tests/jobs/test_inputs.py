@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from jobs.errors import InvalidSpec
 from jobs.inputs import MAX_BYTES, Inputs
 from jobs.spec import JobSpec
-from jobs.storage import DirStorage, Storage
+from jobs.storage import DirStorage, Storage, Stored
 
 
 def drawn(kind: str = "PNG", size: tuple[int, int] = (96, 64), **options: object) -> bytes:
@@ -112,9 +114,9 @@ class Watched(DirStorage):
         super().__init__(root)
         self.asked: list[str] = []
 
-    def exists(self, key: str) -> bool:
+    def look(self, key: str) -> Stored:
         self.asked.append(key)
-        return super().exists(key)
+        return super().look(key)
 
 
 def test_a_picture_that_many_specs_name_is_looked_at_once(tmp_path: Path) -> None:
@@ -131,6 +133,17 @@ def test_a_picture_that_many_specs_name_is_looked_at_once(tmp_path: Path) -> Non
         bad.write_bytes(drawn())
     assert inputs.stored(first) == first == inputs.stored(first)
     assert storage.asked == [first.input_key] * 2
+
+
+def test_a_picture_stored_long_ago_is_stored_again_so_that_no_prune_takes_it_from_the_job(tmp_path: Path) -> None:
+    storage = DirStorage(tmp_path / "storage")
+    key = store_input(JobSpec(prompt="a", init_image=drawn()), storage).input_key
+    assert key is not None
+    for again in (JobSpec(prompt="a", init_image=drawn()), JobSpec(prompt="a", init_image=key)):
+        os.utime(tmp_path / "storage" / key, (0, 0))
+        assert store_input(again, storage).input_key == key
+        assert storage.look(key).modified > datetime.now(UTC) - timedelta(minutes=5)
+        assert storage.get(key) == drawn()
 
 
 def test_a_picture_in_use_is_still_held_to_the_size_of_each_spec(storage: DirStorage, tmp_path: Path) -> None:
