@@ -190,6 +190,8 @@ def become(environment: Mapping[str, str], log: str) -> None:
     failpoints = importlib.import_module("jobs.failpoints")
     with suppress(AttributeError):
         failpoints._plans = failpoints.parse(os.environ.get(failpoints.VARIABLE, ""))
+    if broken := os.environ.get("FAULTS_MUTATION"):  # see `tests.faults.mutating`
+        importlib.import_module("tests.faults.mutations").apply(broken)
     random.seed()
 
 
