@@ -86,6 +86,7 @@ class Lifeline(threading.Thread):
     def run(self) -> None:
         while not self._is_gone(BEAT_S):
             self._say(ALIVE)
+        self._socket.close()
         self._orphaned()
 
     def _say(self, what: bytes) -> None:
