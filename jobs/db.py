@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sqlite3
 import threading
@@ -129,6 +130,7 @@ def _sqlite_engines(url: URL) -> Engines:
     folder = Path(str(url.database)).parent
     if not folder.is_dir():
         raise SettingsError(f"NIGHTSHIFT_DATABASE_URL names a file in {folder}, which is no folder; make it first")
+    _make_private(Path(str(url.database)))
     # One writer connection: threads queue for it here, in fair order, and not in SQLite's busy loop.
     writer = sa.create_engine(
         url,
@@ -146,6 +148,13 @@ def _sqlite_engines(url: URL) -> Engines:
     sa.event.listen(writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     sa.event.listen(reader, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     return Engines(writer, reader)
+
+
+def _make_private(file: Path) -> None:
+    """Make a new database its owner's alone; SQLite would make it as readable as other files. The -wal and -shm beside
+    it take its mode. One that is there keeps what its owner chose."""
+    with contextlib.suppress(OSError):  # of a read-only folder SQLite itself tells
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _set_up_sqlite(connection: sqlite3.Connection, _record: object) -> None:

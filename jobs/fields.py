@@ -86,8 +86,10 @@ def _nonempty(text: str) -> str:
 
 
 def _read_image_source(value: object) -> bytes | Path | InputKey | None:
-    """A string of the form of a key is a key; every other string is a path."""
+    """A string of the form of a key is a key, that of a URL is refused; every other string is a path."""
     if isinstance(value, str) and value:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|\\\\)|//|\\\\", value):
+            raise ValueError("is a URL; none is ever fetched: give the picture itself")
         return InputKey(value) if _INPUT_KEY.fullmatch(value) else Path(value)
     if value is None or isinstance(value, (bytes, Path)):
         return value

@@ -69,6 +69,10 @@ class Settings(BaseSettings):
         "the path `shipped` is the model inside; unset: that one and the whole shelf",
     )
 
+    png_parameters: bool = Field(
+        default=True, description="whether each PNG carries its prompt, seed and other parameters; 0: no text at all"
+    )
+
     def __init__(self, **values: Any) -> None:
         """Raises SettingsError, naming the variable; pydantic's own error would show the value, password and all."""
         try:

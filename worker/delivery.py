@@ -39,7 +39,8 @@ class Outside:
     """The database and the storage, and how much patience one has with them. Times in seconds.
 
     ``back_off_s``: between the attempts of one statement; a few seconds in all, well inside a lease. For the storage
-    the last of them is repeated until ``patience_s`` is over; then the job waits ``snooze_s`` in the queue.
+    the last of them is repeated until ``patience_s`` is over; then the job waits ``snooze_s`` in the queue. ``png_parameters``: whether
+    a picture carries its prompt and its other parameters.
     """
 
     store: Store
@@ -47,6 +48,7 @@ class Outside:
     back_off_s: Sequence[float] = (0.2, 0.5, 1.0, 2.0)
     patience_s: float = 600.0
     snooze_s: float = 60.0
+    png_parameters: bool = True
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -64,7 +66,7 @@ def show(lease: Lease, pictures: Sequence[Drawn], outside: Outside) -> None:
 
 def upload(index: int, picture: Drawn, lease: Lease, outside: Outside) -> Output:
     """Encode one image and store it; the bytes are kept while the storage is away, so nothing is drawn twice."""
-    encoded = encode(picture.image, lease.claim.spec, picture.seed)
+    encoded = encode(picture.image, lease.claim.spec, picture.seed, parameters=outside.png_parameters)
     key = key_of(lease.claim, index)
     lease.stored.append(key)  # before the put: an unanswered one may have stored the object all the same
     keep_trying(lambda: outside.storage.put(key, encoded.data, "image/png"), lease, outside)

@@ -35,18 +35,19 @@ class Picture:
     seed: int
 
 
-def encode(image: NDArray[np.uint8], spec: JobSpec, seed: int) -> Picture:
+def encode(image: NDArray[np.uint8], spec: JobSpec, seed: int, *, parameters: bool = True) -> Picture:
     """PNG of ``image`` (uint8 ``[H, W, 3]``) with two text chunks: ``nightshift`` (JSON) and ``parameters``.
 
-    Nothing about the machine goes in: no paths, no host, no user, no job id.
+    Nothing about the machine goes in: no paths, no host, no user, no job id. Without ``parameters``: no text at all.
     """
     height, width = image.shape[:2]
     # What draws the picture again is the size before a second pass.
     times = spec.upscale
     first = (width, height) if times is None else (first_side(width, times), first_side(height, times))
     chunks = PngInfo()
-    chunks.add_text("nightshift", json.dumps(_parameters(spec, seed, *first), ensure_ascii=False))
-    chunks.add_text("parameters", parameters_text(spec, seed, *first))
+    if parameters:
+        chunks.add_text("nightshift", json.dumps(_parameters(spec, seed, *first), ensure_ascii=False))
+        chunks.add_text("parameters", parameters_text(spec, seed, *first))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=COMPRESS_LEVEL, pnginfo=chunks)
     data = buffer.getvalue()
