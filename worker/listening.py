@@ -16,7 +16,7 @@ from kombu.transport import redis
 log = logging.getLogger(__name__)
 
 #: Seconds between two attempts to reach a broker that is away.
-LONGEST_WAIT_S = 5.0
+LONGEST_WAIT_S = 5
 
 
 class RedisChannel(redis.Channel):
@@ -54,7 +54,7 @@ class Listener(Consumer):
         def tell(error: Exception, wait_s: float) -> None:
             log.warning("the broker does not answer (%s); trying again in %.0f s", error, wait_s)
 
-        conn.ensure_connection(tell, None, 1.0, 1.0, LONGEST_WAIT_S, callback=maybe_shutdown)
+        conn.ensure_connection(tell, None, 1, 1, LONGEST_WAIT_S, callback=maybe_shutdown)
         self.first_connection_attempt = False
         return conn
 
