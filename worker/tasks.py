@@ -94,9 +94,9 @@ def claim(job_id: UUID, deps: Deps, *, alone: bool) -> Lease | None:
     claim = deps.store.claim(job_id, deps.worker_id, lease_s=deps.lease_s, alone=alone)
     if claim is None:
         return None
+    lease = deps.leases.take(claim, since)
     log.info("job %s: claimed, attempt %d%s", job_id, claim.attempt, ", alone" if alone else "")
-    failpoint("after_claim")
-    return deps.leases.take(claim, since)
+    return lease
 
 
 def draw(lease: Lease, deps: Deps) -> None:
@@ -105,6 +105,7 @@ def draw(lease: Lease, deps: Deps) -> None:
     A suspect stays here, alone, until it is shown: else the next suspect's crash would be held against it too.
     """
     try:
+        failpoint("after_claim")
         pictures = drawn(lease, deps)
         if lease.claim.suspect:
             deliver(lease, pictures, deps)

@@ -82,8 +82,13 @@ class Watchdog(Periodic):
 
 
 def give_back(store: Store, leases: Leases) -> None:
-    """Release every held job; those in the engine are suspects, for any of them may be what it hangs on."""
+    """Release every held job; those in the engine are suspects, for any of them may be what it hangs on.
+
+    A suspect that was alone there stays: its lease expires, and so its claim counts as one that ended the process.
+    """
     for lease in leases.held().values():
+        if lease.claim.suspect and not lease.drawn:
+            continue
         store.release(lease.claim, suspect=not lease.drawn, reason="a step of the engine hung")
 
 
