@@ -104,8 +104,9 @@ class Bell:
                     self._send(job, producer=producer)
                     rung += 1
         except Exception as error:  # redis', kombu's and the socket's own kinds; none of them may undo a commit
-            now = self._clock()
-            self._rest_until = now + min(REST_MOST_S, REST_TIMES * (now - began))
+            took_s = self._clock() - began
+            if took_s >= ANSWER_S / 4:  # a refusal costs nothing, and may be over with the next submit
+                self._rest_until = began + took_s + min(REST_MOST_S, REST_TIMES * took_s)
             log.warning(
                 "the broker %s does not answer (%s); the jobs are stored and the workers' sweeper will find them",
                 self._shown,

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
+from uuid import uuid4
 
 import pytest
+import redis
 from celery import Celery
 
 from jobs import Client, Settings, State
-from jobs.bell import TASK, Bell, queue_name, transport_options
+from jobs.bell import ANSWER_S, REST_TIMES, TASK, Bell, queue_name, transport_options
 from jobs.views import Due
 from tests.servers import free_port
 
@@ -73,6 +79,64 @@ def test_a_broker_that_is_not_there_does_not_lose_the_job(tmp_path: Path, caplog
         assert client.get(job.id).state == State.queued
     assert "does not answer" in caplog.text
     assert "geheim" not in caplog.text
+
+
+def due(count: int, model: str = "m", priority: int = 0) -> list[Due]:
+    return [Due(uuid4(), model, priority) for _ in range(count)]
+
+
+@pytest.fixture
+def bell(redis_url: str) -> Iterator[Bell]:
+    bell = Bell(redis_url)
+    yield bell
+    bell.close()
+
+
+def test_bells_that_wait_are_counted_whatever_their_priority(bell: Bell) -> None:
+    assert bell.waiting(["m", "other"]) == 0
+    bell.ring([*due(3), *due(2, priority=9), *due(1, "other"), *due(4, "third")])
+    assert (bell.waiting(["m", "other"]), bell.waiting(["third"])) == (6, 4)
+
+
+def test_a_bell_rung_right_after_the_broker_was_emptied_is_in_the_queue(bell: Bell, redis_url: str) -> None:
+    assert bell.ring(due(2)) == 2  # queues and their bindings are declared now
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    assert bell.ring(due(1)) == 1
+    assert bell.waiting(["m"]) == 1
+    assert len(heard(redis_url, "m", 1)) == 1
+
+
+def test_a_full_broker_fails_no_submit_and_rings_again_once_there_is_room(with_redis: Settings) -> None:
+    with Client(with_redis) as client, redis.Redis.from_url(with_redis.broker_url) as server:
+        server.config_set("maxmemory", 1)
+        try:
+            job = client.submit("a")
+        finally:
+            server.config_set("maxmemory", 0)
+        assert client.get(job.id).state == State.queued
+        client.submit("b")
+    heard(with_redis.broker_url, "nightshift-mini", 1)
+
+
+def test_a_broker_that_swallows_everything_is_waited_for_once_and_not_by_each_submit(redis_url: str) -> None:
+    later = 0.0
+    patient = Bell(redis_url, clock=lambda: time.monotonic() + later)
+    with redis.Redis.from_url(redis_url) as client:
+        pid = client.info()["process_id"]
+    waits: list[float] = []
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            began = time.monotonic()
+            assert patient.ring(due(5)) == 0
+            waits.append(time.monotonic() - began)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert waits[0] >= ANSWER_S > sum(waits[1:])
+    later = REST_TIMES * waits[0]
+    assert patient.ring(due(1)) == 1
+    patient.close()
 
 
 def test_the_embedded_bell_is_silent(settings: Settings) -> None:
