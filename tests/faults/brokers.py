@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -24,7 +24,9 @@ PREFIX = "nightshift:"
 QUEUE = f"{PREFIX}render.nightshift-mini"
 UNACKED = f"{PREFIX}unacked"
 #: kombu's transport options in scaled time: what a connection took and lost comes back after 2 s, not 600.
-SOON_BACK: Mapping[str, Any] = MappingProxyType({"visibility_timeout": 2, "unacked_restore_interval": 0.5})
+SOON_BACK: Mapping[str, Any] = {"visibility_timeout": 2, "unacked_restore_interval": 0.5}
+#: Of workers whose leases nobody may lose: the rows promise that no picture is computed twice, on a busy machine too.
+CALM: Mapping[str, Any] = {"broker": SOON_BACK, "lease_s": 3.0, "beat_s": 0.5}
 #: After an outage Celery looks for the broker at once, then 2, 4 and 6 s after each look before.
 LOOKS_AGAIN_S = 12.0
 

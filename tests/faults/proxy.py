@@ -151,17 +151,19 @@ class TcpProxy(threading.Thread):
 
     async def _serve(self, link: _Link) -> None:
         self._links.add(link)
+        requests: asyncio.Task[None] | None = None
         try:
             await self._flow()
             await link.reach(self._target_port)
             requests = self._loop.create_task(self._requests(link))
             await self._pump(link, reply=True)
-            requests.cancel()
-            await asyncio.gather(requests, return_exceptions=True)
         except OSError:
             link.reset()  # the server is not there, or one side was reset: the other side shall see the same
         finally:
             self._links.discard(link)
+            if requests is not None:
+                requests.cancel()
+                await asyncio.gather(requests, return_exceptions=True)
             await link.close()
 
     async def _requests(self, link: _Link) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.brokers import (
+    CALM,
     LOOKS_AGAIN_S,
-    SOON_BACK,
     OwnRedis,
     again_and_again,
     look,
@@ -24,7 +24,7 @@ from tests.faults.brokers import (
     through,
 )
 from tests.faults.checker import check
-from tests.faults.harness import OPTIONS, Guardian, Night, Worker
+from tests.faults.harness import Guardian, Night, Worker
 from worker.exit_codes import NOT_CONSUMING
 
 PRODUCTION = pytest.mark.parametrize("lane", ["production"], indirect=True)
@@ -49,7 +49,7 @@ def stop(workers: list[Worker]) -> None:
 def test_row_13_a_broker_comes_back_empty_and_nothing_is_lost(night: Night, own_redis: OwnRedis) -> None:
     """Redis SHUTDOWN NOSAVE, back empty some seconds later"""
     night.submit(night.rng.randrange(10, 30), steps=60)
-    workers = [night.worker(broker=SOON_BACK).ready() for _ in range(2)]
+    workers = [night.worker(**CALM).ready() for _ in range(2)]
     night.wait_running(night.rng.randrange(1, 9))
     own_redis.shut_down()
     night.submit(5, prompt="while it is away")
@@ -65,7 +65,7 @@ def test_row_13_a_broker_comes_back_empty_and_nothing_is_lost(night: Night, own_
 def test_row_14_workers_hear_again_after_many_restarts(night: Night, own_redis: OwnRedis) -> None:
     """Redis restarted 20 times in a row"""
     night.submit(30, steps=60)
-    with Guardian(night, 2, broker=SOON_BACK, deaf_s=LOOKS_AGAIN_S) as guardian:
+    with Guardian(night, 2, **CALM, deaf_s=LOOKS_AGAIN_S) as guardian:
         for _ in range(20 if night.seed <= 2 else 6):
             time.sleep(night.rng.uniform(0.05, 0.8))
             own_redis.shut_down()
@@ -81,7 +81,7 @@ def test_row_14_workers_hear_again_after_many_restarts(night: Night, own_redis: 
 def test_row_15_killed_connections_deliver_twice_and_render_once(night: Night, pytestconfig: pytest.Config) -> None:
     """CLIENT KILL TYPE normal, again and again"""
     night.submit(24, steps=200)
-    workers = [night.worker(broker=SOON_BACK).ready() for _ in range(2)]
+    workers = [night.worker(**CALM).ready() for _ in range(2)]
     night.wait_running(8)
     with look(night.settings.broker_url) as client:
         assert not client.client_list(_type="pubsub"), "nobody listens to what CLIENT KILL TYPE pubsub could strike"
@@ -103,8 +103,9 @@ def test_row_16_rendering_goes_on_while_the_broker_answers_nothing(night: Night,
     """Redis is a black hole, without a reset"""
     stopped, reset_after = night.seed % 3 == 0, night.seed % 3 == 1
     with proxied(night) as proxy:
-        night.submit(6, steps=night.rng.randrange(1000, 1300))
-        workers = [night.worker(environment=through(night, proxy), broker=SOON_BACK).ready() for _ in range(2)]
+        night.submit(6, steps=night.rng.randrange(800, 1000))
+        how = {"environment": through(night, proxy), "step_s": 0.005} | CALM
+        workers = [night.worker(**how).ready() for _ in range(2)]
         night.wait_running(6)
         pid, began_s = own_redis.pid, time.monotonic()
         if stopped:
@@ -112,7 +113,7 @@ def test_row_16_rendering_goes_on_while_the_broker_answers_nothing(night: Night,
         else:
             proxy.stall()
         night.wait_ended()
-        assert time.monotonic() - began_s > OPTIONS["lease_s"], "somebody extended the leases, or this proves nothing"
+        assert time.monotonic() - began_s > CALM["lease_s"], "somebody extended the leases, or this proves nothing"
         if stopped:
             os.kill(pid, signal.SIGCONT)
         if reset_after:
@@ -129,7 +130,7 @@ def test_row_16_a_worker_whose_broker_never_answers_again_leaves_and_says_so(nig
     """Connections to Redis that stay silent for ever"""
     with proxied(night) as proxy:
         environment = through(night, proxy)
-        with Guardian(night, 1, environment=environment, broker=SOON_BACK, deaf_s=2.0) as guardian:
+        with Guardian(night, 1, environment=environment, **CALM, deaf_s=2.0) as guardian:
             guardian.workers[0].ready()
             proxy.forget()
             accepted = proxy.accepted
@@ -144,14 +145,14 @@ def test_row_16_a_worker_whose_broker_never_answers_again_leaves_and_says_so(nig
 def test_row_16_leaving_does_not_wait_for_a_broker_that_hangs(night: Night) -> None:
     """SIGTERM while Redis is a black hole"""
     with proxied(night) as proxy:
-        night.submit(4, steps=night.rng.choice([20, 400, 4000]))
-        worker = night.worker(environment=through(night, proxy), broker=SOON_BACK).ready()
+        night.submit(4, steps=night.rng.choice([40, 100, 1000]))
+        worker = night.worker(environment=through(night, proxy), **CALM, step_s=0.01).ready()
         night.wait_running(4)
         proxy.stall()
         worker.stop()
         proxy.cut()
         proxy.pass_all()
-        other = night.worker(broker=SOON_BACK).ready()
+        other = night.worker(**CALM).ready()
         night.wait_ended()
         print(check(night, broker=True))
         other.stop()
@@ -163,7 +164,7 @@ def test_row_17_a_slow_broker_loses_nothing(night: Night) -> None:
     with proxied(night) as proxy:
         proxy.slow(0.5 if night.seed == 2 else night.rng.uniform(0.02, 0.1))
         night.submit(3 if night.seed == 2 else 8)
-        workers = [night.worker(environment=through(night, proxy)) for _ in range(2)]
+        workers = [night.worker(environment=through(night, proxy), **CALM) for _ in range(2)]
         night.wait_ended()
         proxy.pass_all()
         print(check(night, broker=True))
@@ -175,7 +176,7 @@ def test_row_17_truncated_replies_lose_nothing(night: Night) -> None:
     """Redis' replies end in their middle"""
     with proxied(night) as proxy:
         night.submit(20, steps=60)
-        workers = [night.worker(environment=through(night, proxy), broker=SOON_BACK).ready() for _ in range(2)]
+        workers = [night.worker(environment=through(night, proxy), **CALM).ready() for _ in range(2)]
         night.wait_running(4)
         for _ in range(6):
             proxy.truncate(night.rng.randrange(1, 300))
