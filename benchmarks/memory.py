@@ -59,7 +59,7 @@ def measure(
     at_rest = meter.live
     # The limit of a pack is about speed here: all pictures are to share it.
     engine = Engine(model, max_units=2 * pictures * side * side)
-    engine.runner = Phases(engine.runner, meter)  # type: ignore[assignment]
+    engine.runner = Phases(engine.runner, meter)
     with ExitStack() as stack:
         stack.enter_context(meter)
         if fused:

@@ -59,7 +59,7 @@ def halving(
         halving(work, rows[:middle], too_large)
         halving(work, rows[middle:], too_large)
     else:
-        rows[0].error = _out_of_memory(rows[0]) if is_out_of_memory(error) else error
+        rows[0].error = _out_of_memory(rows[0], error) if is_out_of_memory(error) else error
 
 
 def _attempt(work: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> Exception | None:
@@ -93,8 +93,10 @@ def _give_back() -> None:
         torch.mps.empty_cache()
 
 
-def _out_of_memory(row: Row) -> OutOfMemory:
-    return OutOfMemory(
+def _out_of_memory(row: Row, error: Exception) -> OutOfMemory:
+    said = OutOfMemory(
         f"not enough memory for one picture of {row.lane.width} x {row.lane.height} on this device; "
         "ask for a smaller one, or give the worker half precision, offload, or (if it is deterministic) fewer max_units"
     )
+    said.__cause__ = error
+    return said

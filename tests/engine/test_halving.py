@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sd_engine import Engine, Finished, Model, Request, load_model
-from sd_engine.errors import OutOfMemory
+from sd_engine import Engine, Finished, Model, Request, load_model, runner
+from sd_engine.errors import DeviceLost, OutOfMemory
 from sd_engine.halving import halving, is_out_of_memory
 from sd_engine.row import Lane, Row
 from sd_engine.unet import UNet
@@ -150,3 +151,87 @@ def test_the_cpus_own_refusal_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+def test_a_row_that_cannot_be_prepared_for_want_of_memory_fails_alone_in_a_sentence(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        engine = Engine(model)
+        ids = [engine.add(request) for request in REQUESTS[:3]]
+        rows = engine._rows
+        contexts = engine.runner.prompts["tiny"].contexts  # type: ignore[attr-defined]
+
+        def refuse(request: Request, *, of: Row = rows[ids[1]], error: Exception = error, ask: Any = contexts) -> Any:
+            if request is of.request:
+                raise error
+            return ask(request)
+
+        monkeypatch.setattr(engine.runner.prompts["tiny"], "contexts", refuse)  # type: ignore[attr-defined]
+        endings: dict[int, Finished] = {}
+        while not engine.idle:
+            endings |= {finished.id: finished for finished in engine.step()}
+        assert [endings[id].error is None for id in ids] == [True, False, True]
+        assert isinstance(endings[ids[1]].error, OutOfMemory)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), ValueError("bad")])
+@pytest.mark.parametrize("place", range(4))
+def test_one_bad_row_of_a_pack_fails_alone_and_its_neighbours_pictures_are_theirs(
+    model: Model, monkeypatch: pytest.MonkeyPatch, place: int, error: Exception
+) -> None:
+    """It fails wherever it is stepped; the others are stepped in the same step all the same."""
+    alone = [Engine(model).render([request])[0] for request in REQUESTS]
+    engine = Engine(model)
+    ids = [engine.add(request) for request in REQUESTS]
+    engine.step()
+    noised = runner._noised
+
+    def fails(row: Row, state: Tensor) -> Tensor:
+        if row.id == ids[place]:
+            raise error
+        return noised(row, state)
+
+    monkeypatch.setattr(runner, "_noised", fails)
+    (bad,) = engine.step()
+    assert bad.id == ids[place] and bad.error is not None
+    if isinstance(error, ValueError):
+        assert bad.error is error and bad.error.__traceback__ is not None, "where it happened is kept for the job"
+    else:
+        assert isinstance(bad.error, OutOfMemory) and bad.error.__cause__ is error
+    assert all(engine.progress(id) == (2, 4) for id in ids if id != ids[place])
+    while not engine.idle:
+        for finished in engine.step():
+            assert finished.image is not None, finished.error
+            wanted = alone[ids.index(finished.id)]
+            assert np.abs(finished.image.astype(int) - wanted.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ..."), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("HIP error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (RuntimeError("CUDA error: invalid configuration argument"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), False),
+        (ValueError("a prompt that speaks of an illegal memory access"), False),
+    ],
+)
+def test_a_lost_device_is_nobody_s_fault_and_no_row_is_failed_for_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: bool
+) -> None:
+    def broken(*_: object) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(model.unet, "forward", broken)
+    engine = Engine(model)
+    ids = [engine.add(request) for request in REQUESTS[:2]]
+    if expected:
+        with pytest.raises(DeviceLost, match="lost to this process") as caught:
+            engine.step()
+        assert "\n" not in str(caught.value)
+        assert all(engine._rows[id].error is None for id in ids)
+    else:
+        assert len(engine.step()) == 2, "each failed by itself"

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sd_engine import Cancelled, Engine, Finished, InvalidRequest, Model, NonFinite, Request, load_model
+from sd_engine.engine import RunnerLike
 from sd_engine.masks import mask_of
 from sd_engine.passes import first_row, second_row
 from sd_engine.pictures import fit_mask
 from sd_engine.row import Lane, Row
-from sd_engine.runner import Runner
 from tests.tiny_model import make_tiny_model
 
 # The reference's own schedulers turn a torch tensor into an array in a way that numpy 2 warns about.
@@ -145,7 +145,7 @@ def test_what_is_kept_comes_from_the_init_image_at_the_larger_size(model: Model,
     assert difference(ours, theirs) <= TOLERANCE["latent"]
 
 
-def _draw(runner: Runner, row: Row) -> None:
+def _draw(runner: RunnerLike, row: Row) -> None:
     runner.prepare([row])
     while not row.done:
         runner.denoise([row], lambda rows: None)

@@ -255,7 +255,7 @@ def test_all_images_may_be_drawn_already() -> None:
         seal_group([request()], SavedGroup(rows={0: b"of another engine"})),
         seal_group([request()] * 2, SavedGroup(rows={1: b"1 a red star 0"})),
         seal_group([request()], SavedGroup({0: np.zeros((4, 4), np.uint8)})),
-        seal_group([request()], SavedGroup({0: np.zeros((4, 4, 3), np.float32)})),  # type: ignore[dict-item]
+        seal_group([request()], SavedGroup({0: np.zeros((4, 4, 3), np.float32)})),
     ],
 )
 def test_what_cannot_be_used_of_a_saved_job_is_drawn_from_the_start(
