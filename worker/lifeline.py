@@ -9,7 +9,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
 from worker.exit_codes import DONE
@@ -31,7 +31,7 @@ class Listening:
         return (self._theirs.fileno(),)
 
     @property
-    def environment(self) -> Mapping[str, str]:
+    def environment(self) -> dict[str, str]:
         return {VARIABLE: str(self._theirs.fileno())}
 
     def started(self) -> None:
