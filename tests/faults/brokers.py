@@ -85,12 +85,12 @@ def through(night: Night, proxy: TcpProxy) -> dict[str, str]:
 
 def depth(client: redis.Redis) -> int:
     """Bells that wait in the broker, of whichever priority."""
-    return sum(cast(int, client.llen(key)) for key in client.scan_iter(f"{QUEUE}*", _type="list"))
+    return sum(client.llen(key) for key in client.scan_iter(f"{QUEUE}*", _type="list"))
 
 
 def unacked(client: redis.Redis) -> int:
     """Bells that somebody has heard and not answered."""
-    return cast(int, client.hlen(UNACKED))
+    return client.hlen(UNACKED)
 
 
 def messages(client: redis.Redis) -> list[bytes]:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from jobs import storage_s3
+from jobs.bell import transport_options
 from jobs.client import Client
 from jobs.settings import Settings
 from tests.faults import callers
@@ -45,8 +46,7 @@ def worker(
     its supervisor.
     """
     if broker:
-        ours = worker_app.transport_options
-        patch.object(worker_app, "transport_options", lambda url: {**ours(url), **broker}).start()
+        patch.object(worker_app, "transport_options", lambda url: {**transport_options(url), **broker}).start()
     if deaf_s:
         patch.object(worker_process, "patience_for", lambda _: deaf_s).start()
     if s3_answer_s:

@@ -61,7 +61,6 @@ def test_row_18_no_bell_is_dropped_without_a_word_because_bindings_are_gone(nigh
 
 
 @PRODUCTION
-@pytest.mark.fault_slice
 def test_row_19_a_full_broker_fails_no_submit(
     night: Night, broker: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -87,7 +86,7 @@ def test_row_20_jobs_longer_than_the_visibility_timeout_are_drawn_once(
     """visibility_timeout 1 s, jobs of 4 s"""
     night.submit(8, steps=night.rng.randrange(300, 500))
     impatient = {"visibility_timeout": 1, "unacked_restore_interval": 0.3}
-    workers = [night.worker(**CALM | {"broker": impatient}, step_s=0.01).ready() for _ in range(2)]
+    workers = [night.worker(**{**CALM, "broker": impatient}, step_s=0.01).ready() for _ in range(2)]
     night.wait_ended()
     print(check(night, broker=True))
     if pytestconfig.getoption("--acks-late"):
@@ -97,7 +96,6 @@ def test_row_20_jobs_longer_than_the_visibility_timeout_are_drawn_once(
 
 
 @PRODUCTION
-@pytest.mark.fault_slice
 def test_row_21_five_bells_for_each_job_in_any_order_draw_it_once(night: Night, broker: redis.Redis) -> None:
     """Each message five times, shuffled"""
     night.submit(20, steps=night.rng.randrange(1, 100))

@@ -104,8 +104,8 @@ def test_row_16_rendering_goes_on_while_the_broker_answers_nothing(night: Night,
     stopped, reset_after = night.seed % 3 == 0, night.seed % 3 == 1
     with proxied(night) as proxy:
         night.submit(6, steps=night.rng.randrange(800, 1000))
-        how = {"environment": through(night, proxy), "step_s": 0.005} | CALM
-        workers = [night.worker(**how).ready() for _ in range(2)]
+        environment = through(night, proxy)
+        workers = [night.worker(environment=environment, step_s=0.005, **CALM).ready() for _ in range(2)]
         night.wait_running(6)
         pid, began_s = own_redis.pid, time.monotonic()
         if stopped:
