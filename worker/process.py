@@ -22,6 +22,7 @@ from worker.heartbeat import Heartbeat
 from worker.leases import Leases
 from worker.lifeline import Lifeline
 from worker.liveness import Liveness, patience_for
+from worker.means import Means
 from worker.periodic import Periodic
 from worker.preflight import Services
 from worker.slots import Slots
@@ -201,7 +202,14 @@ class _Worker:
             step_moves=watchdog.step_moves,
         )
         liveness = Liveness(store, self._slots, waiting, workshop.models, patience_s=patience_for(options.lease_s))
-        threads: list[Periodic] = [Sweeper(store, self._pace.sweep_s), ringer, heartbeat, watchdog, liveness]
+        threads: list[Periodic] = [
+            Sweeper(store, self._pace.sweep_s),
+            ringer,
+            heartbeat,
+            watchdog,
+            liveness,
+            Means(self._release_all),
+        ]
         if options.until_empty:
             threads.append(UntilEmpty(self._store, workshop.models, self._slots, self._drain.request))
         return threads
