@@ -15,7 +15,7 @@ from uuid import UUID
 from celery import Celery
 from kombu import Producer
 
-from jobs.redaction import shown_url
+from jobs.redaction import shown_url, with_checked_certificate
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Bell:
         self._clock, self._rest_until = clock, float("-inf")
         self._shown = shown_url(broker_url)
         # kombu wants a host even where there is none, and warns at every connection without it
-        broker = broker_url if broker_url != "memory://" else "memory://localhost//"
+        broker = with_checked_certificate(broker_url) if self.rings else "memory://localhost//"
         self._app = Celery("nightshift-bell", broker=broker, set_as_current=False)
         self._app.conf.update(
             task_serializer="json",

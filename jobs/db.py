@@ -89,6 +89,10 @@ def parse_url(database_url: str) -> URL:
         ) from None
     except ValueError as error:
         raise SettingsError(f"NIGHTSHIFT_DATABASE_URL {error}") from None
+    if any("password" in name for name in url.query):  # where libraries show it
+        raise SettingsError(
+            "NIGHTSHIFT_DATABASE_URL has a password in its query; write it before the host: //user:password@host"
+        )
     backend = url.drivername.partition("+")[0]
     if backend == "postgres" or url.drivername == "postgresql":
         return url.set(drivername="postgresql+psycopg")

@@ -1,7 +1,7 @@
 """What a picture's file may cost before anybody decodes it: seen in its structure alone, in a few milliseconds.
 
-Pixels and bytes do not bound the time. A JPEG may draw the same pixels in a hundred thousand scans of 53 bytes each, and
-a decoder in Python may be kept busy with millions of empty chunks.
+Pixels and bytes do not bound the time. A JPEG may draw the same pixels in a hundred thousand scans of 53 bytes each,
+and a decoder in Python may be kept busy with millions of empty chunks.
 """
 
 from __future__ import annotations

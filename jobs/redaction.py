@@ -23,7 +23,7 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGP
 _SECRET_NAME = r"(?:password|passwd|pwd|secret|token|credential|signature|sslkey|access_key)"
 # Greedy up to the last @ of the word: a password may have an @, a / or a # that nobody escaped.
 _USERINFO = re.compile(r"(?<=://)([^\s:@/?#'\"]*):[^\s'\"]*@")
-_QUERY = re.compile(rf"([?&;]\w*{_SECRET_NAME}\w*=)[^\s&;'\"]+", re.IGNORECASE)
+_QUERY = re.compile(rf"([?&;][\w-]*{_SECRET_NAME}[\w-]*=)[^\s&;'\"]+", re.IGNORECASE)
 
 
 def hide(text: str) -> str:
@@ -72,6 +72,20 @@ def check_authority(url: str) -> None:
             "cannot be read: host and port are not where they should be; in a name or password write %40 for @, "
             "%3A for :, %2F for /, %23 for #, %3F for ? and %25 for %"
         )
+
+
+def with_checked_certificate(broker_url: str) -> str:
+    """The URL, for `rediss://` with the demand that the server's certificate is checked, unless it says otherwise.
+
+    kombu's default is to believe whoever answers, and to tell him the password.
+    """
+    return ";".join(map(_demanding, broker_url.split(";")))
+
+
+def _demanding(url: str) -> str:
+    if not url.startswith("rediss:") or "ssl_cert_reqs=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
 
 
 def guard_tracebacks() -> None:

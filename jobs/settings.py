@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobs.errors import SettingsError
 from jobs.fields import ALLOWED, MODEL_NAME
-from jobs.redaction import check_authority
+from jobs.redaction import check_authority, with_checked_certificate
 
 BROKER_SCHEMES = ("memory", "redis", "rediss")
 STORAGE_SCHEMES = ("file", "s3")
@@ -95,7 +95,7 @@ class Settings(BaseSettings):
             check_authority(one)
             if re.search(r"[?&](?:password|username)=", one):
                 raise ValueError("has a name or password in its query; write it before the host: //name:password@host")
-        return url
+        return with_checked_certificate(url)
 
     @field_validator("storage_url")
     @classmethod

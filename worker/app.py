@@ -10,13 +10,14 @@ from celery.worker import state as celery_state
 from kombu import Queue
 
 from jobs.bell import TASK, queue_name, transport_options
+from jobs.redaction import with_checked_certificate
 from worker.listening import forget_builtin_tasks
 
 
 def make_app(broker_url: str, models: Sequence[str], *, concurrency: int, acks_late: bool = True) -> Celery:
     """An app that consumes ``render.<model>`` of each model with ``concurrency`` threads."""
     # kombu wants a host even where there is none, and warns at every connection without it
-    broker = broker_url if broker_url != "memory://" else "memory://localhost//"
+    broker = with_checked_certificate(broker_url) if broker_url != "memory://" else "memory://localhost//"
     app = Celery("nightshift", broker=broker, set_as_current=False)
     app.conf.update(
         result_backend=None,

@@ -39,8 +39,8 @@ class Outside:
     """The database and the storage, and how much patience one has with them. Times in seconds.
 
     ``back_off_s``: between the attempts of one statement; a few seconds in all, well inside a lease. For the storage
-    the last of them is repeated until ``patience_s`` is over; then the job waits ``snooze_s`` in the queue. ``png_parameters``: whether
-    a picture carries its prompt and its other parameters.
+    the last of them is repeated until ``patience_s`` is over; then the job waits ``snooze_s`` in the queue.
+    ``png_parameters``: whether a picture carries its prompt and its other parameters.
     """
 
     store: Store

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -111,7 +114,7 @@ def assert_nothing_named(seen: Watched, text: str) -> None:
     assert not [path for path in seen.opened if tail and path.endswith(f"/{tail}")]
 
 
-def put_by_hand(settings: Settings, spec: dict[str, object]) -> sa.Uuid:
+def put_by_hand(settings: Settings, spec: dict[str, object]) -> UUID:
     """A row as somebody with access to the database could write it."""
     with Client(settings) as client:
         view = client.submit("a red star", steps=1)
@@ -120,7 +123,7 @@ def put_by_hand(settings: Settings, spec: dict[str, object]) -> sa.Uuid:
         stored = json.loads(connection.scalar(sa.select(job.c.spec).where(job.c.id == view.id)) or "")
         connection.execute(sa.update(job).where(job.c.id == view.id).values(spec=json.dumps(stored | spec)))
     store.close()
-    return view.id  # type: ignore[return-value]
+    return view.id
 
 
 def test_a_row_written_by_hand_makes_a_worker_open_and_fetch_nothing(
@@ -133,7 +136,7 @@ def test_a_row_written_by_hand_makes_a_worker_open_and_fetch_nothing(
     ids += [put_by_hand(settings, {"init_image": f"inputs/{'0' * 64}.png", "mask": str(secret)})]
     log = tmp_path / "worker.log"
     with Client(settings) as client, fake_worker(settings, log, step_s=0.0, concurrency=8) as worker:
-        ended = client.wait(ids, PATIENCE_S)  # type: ignore[arg-type]
+        ended = client.wait(ids, PATIENCE_S)
         assert {view.state for view in ended} == {State.failed}, tail(log)
         assert all(view.error and view.attempts <= 1 for view in ended)
         good = client.submit("a red star", steps=1)
@@ -172,11 +175,8 @@ def test_whatever_the_key_nothing_outside_the_root_is_touched(tmp_path: Path, ke
         lambda: storage.delete(key),
     )
     for call in calls:
-        with watching() as seen:
-            try:
-                call()
-            except StorageError:  # InvalidKey, or a folder of that name
-                pass
+        with watching() as seen, contextlib.suppress(StorageError):  # InvalidKey, or a folder of that name
+            call()
         assert all(Path(os.path.realpath(path)).is_relative_to(root) for path in seen.opened if path != str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
 
@@ -191,23 +191,20 @@ def test_no_name_of_a_batch_or_a_job_becomes_a_part_of_a_key(name: str) -> None:
     assert ".." not in kept.split("/")
 
 
-@pytest.mark.parametrize(
-    "key", ["../../secret.png", "/etc/passwd", "images/../../secret.png", "file:///etc/passwd", ""]
-)
-def test_a_key_tampered_with_in_the_database_is_refused(settings: Settings, tmp_path: Path, key: str) -> None:
+def test_a_key_tampered_with_in_the_database_is_refused(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"secret")
     log = tmp_path / "worker.log"
-    with Client(settings) as client:
+    with Client(settings) as client, closing(Store.open(settings.database_url)) as store:
+        view = client.submit("a red star", steps=1)
         with fake_worker(settings, log, step_s=0.0, concurrency=2, until_empty=True) as worker:
-            view = client.submit("a red star", steps=1)
             assert worker.wait(PATIENCE_S) == 0, tail(log)
-        store = Store.open(settings.database_url)
-        with store.engines.writer.begin() as connection:
-            connection.execute(sa.update(image).where(image.c.job_id == view.id).values(key=key))
-        store.close()
-        for read in (client.image_bytes, client.image_url):
-            with pytest.raises(InvalidKey):
-                read(view.id)
+        assert client.image_bytes(view.id)
+        for key in ("../../secret.png", "/etc/passwd", "images/../../secret.png", "file:///etc/passwd", "", "a\\b"):
+            with store.engines.writer.begin() as connection:
+                connection.execute(sa.update(image).where(image.c.job_id == view.id).values(key=key))
+            for read in (client.image_bytes, client.image_url):
+                with pytest.raises(InvalidKey):
+                    read(view.id)
 
 
 def test_links_planted_in_the_storage_lead_nowhere_for_any_call(tmp_path: Path) -> None:
