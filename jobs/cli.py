@@ -49,8 +49,14 @@ class EntryPointGroup(click.Group):
         except NightshiftError as error:
             raise (Wrong if isinstance(error, _WRONG_INPUT) else Failed)(hide(str(error))) from error
         except sqlalchemy.exc.DBAPIError as error:  # the connection broke in the middle
-            reason = str(error.orig).strip().splitlines()[0] if error.orig else "no reason given"
-            raise Failed(f"the database stopped answering: {hide(reason)}") from error
+            raise Failed(hide(_told(error))) from error
+
+
+def _told(error: sqlalchemy.exc.DBAPIError) -> str:
+    reason = str(error.orig).strip().splitlines()[0] if error.orig else "no reason given"
+    if "disk" in reason or "No space left" in reason:  # SQLite: database or disk is full, disk I/O error
+        return f"the database cannot write: {reason}; make room on its disk, and try again"
+    return f"the database stopped answering: {reason}"
 
 
 def load(point: EntryPoint) -> click.Command:

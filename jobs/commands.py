@@ -14,13 +14,14 @@ from jobs import schema
 from jobs.bulkfile import Row, read_alone, read_bulk
 from jobs.client import Client, as_id
 from jobs.db import open_engines
-from jobs.errors import BadFile, InvalidSpec
+from jobs.errors import BadFile, InvalidSpec, StorageError
 from jobs.models import SCHEMA_REVISION
 from jobs.options import (
     GroupedCommand,
     as_json,
     counts_as_json,
     counts_as_text,
+    details_as_text,
     from_words,
     given_fields,
     jobs_as_text,
@@ -31,7 +32,7 @@ from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
 from jobs.spec_checks import NEEDS
 from jobs.states import State
-from jobs.views import JobView
+from jobs.views import JobView, Output
 
 #: Bad rows that are listed; the rest is counted.
 SHOWN_ERRORS = 50
@@ -186,7 +187,7 @@ Examples:
 @click.option("--limit", type=click.IntRange(min=0), default=20, show_default=True, help="List at most this many jobs.")
 @click.option("--json", "json_form", is_flag=True, help="Print counts and jobs as JSON.")
 def status(ids: tuple[str, ...], batch: str | None, state: str | None, limit: int, json_form: bool) -> None:
-    """Show how many jobs are in each state, and the newest jobs or those named."""
+    """Show how many jobs are in each state, and the newest jobs; of jobs named, all that is known."""
     wanted = [as_id(text) for text in ids]
     with Client() as client:
         counts = client.counts(batch)
@@ -194,12 +195,27 @@ def status(ids: tuple[str, ...], batch: str | None, state: str | None, limit: in
             views = [client.get(job_id) for job_id in wanted]
         else:
             views = client.jobs(batch=batch, state=State(state) if state else None, limit=limit)
+        pictures = {view.id: [_picture(client, view, image) for image in view.images] for view in views if wanted}
     if json_form:
-        _print_json({"counts": counts_as_json(counts), "jobs": [as_json(view) for view in views]})
+        _print_json(
+            {"counts": counts_as_json(counts), "jobs": [as_json(view, pictures.get(view.id)) for view in views]}
+        )
         return
     click.echo(counts_as_text(counts))
-    for line in jobs_as_text(views):
+    for view, line in zip(views, jobs_as_text(views), strict=True):
         click.echo(line)
+        for detail in details_as_text(view) if wanted else ():
+            click.echo(detail)
+        for picture in pictures.get(view.id, ()):
+            click.echo(f"  {picture['url'] or picture['problem']}")
+
+
+def _picture(client: Client, view: JobView, image: Output) -> dict[str, str | None]:
+    """Where the picture is, or why it is not there and what brings it back."""
+    try:
+        return {"url": client.image_url(view, image.index), "problem": None}
+    except StorageError as error:  # also a storage that does not answer: the rest is worth showing
+        return {"url": None, "problem": str(error)}
 
 
 @click.command(epilog="\b\nExample:\n  nightshift cancel 018f2a5c-0000-7000-8000-000000000000")

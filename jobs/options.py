@@ -101,14 +101,21 @@ def from_words(fields: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def as_json(view: JobView) -> dict[str, Any]:
-    """A job as `status --json` shows it."""
+def as_json(view: JobView, pictures: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """A job as `status --json` shows it. pictures: what else is known of each image."""
+    images = [{"key": image.key, "seed": image.seed, "sha256": image.sha256} for image in view.images]
+    known = pictures or [{}] * len(images)
     return {
         "id": str(view.id),
         "state": str(view.state),
         "attempts": view.attempts,
         "error": view.error,
-        "images": [{"key": image.key, "seed": image.seed, "sha256": image.sha256} for image in view.images],
+        "traceback": view.traceback,
+        "suspect": view.suspect,
+        "solo_crashes": view.solo_crashes,
+        "images": [
+            dict(image) | dict(more) for image, more in zip(images, pictures or [{}] * len(images), strict=True)
+        ],
     }
 
 
@@ -125,6 +132,18 @@ def counts_as_text(counts: Mapping[State, int]) -> str:
 def jobs_as_text(views: Sequence[JobView]) -> list[str]:
     """One line per job."""
     return [f"{view.id}  {view.state:<9}  {view.attempts}  {_shortened(_told(view))}" for view in views]
+
+
+def details_as_text(view: JobView) -> list[str]:
+    """What the line of a job has no room for: why it is held back, its whole error, and the traceback of that."""
+    lines = [f"  {'error:':<8} {view.error}"] if view.error else []
+    if view.suspect and not view.ended:
+        lines.append("  suspect: held by a worker that stopped answering; waits to be rendered alone")
+    if view.solo_crashes:
+        lines.append(f"  crashed: {view.solo_crashes} workers that rendered it alone")
+    if view.traceback:
+        lines += ["  traceback:", *(f"    {line}" for line in view.traceback.splitlines())]
+    return lines
 
 
 def _told(view: JobView) -> str:

@@ -66,6 +66,9 @@ class Storage(Protocol):
     def tidy(self, before: datetime) -> int:
         """Remove what puts that were cut off before that time left behind; how much that was."""
 
+    def public(self) -> bool | None:
+        """Whether people can read the objects who were never let in; None: not known."""
+
     def url(self, key: str) -> str:
         """Where a person or another program finds the object: file:///... or s3://bucket/..."""
 
@@ -213,6 +216,12 @@ class DirStorage:
                 if len(Path(folder).relative_to(self._root).parts) > 1:
                     _removed(Path(folder), before, Path.rmdir)
         return removed
+
+    def public(self) -> bool | None:
+        """As Storage.public: whether every user of this machine may."""
+        with _told("the folder's permissions"):
+            ways = [self._real_root, *self._real_root.parents]
+            return all(folder.stat().st_mode & stat.S_IXOTH for folder in ways)
 
     def url(self, key: str) -> str:
         """The file's own URL."""

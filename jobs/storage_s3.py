@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import boto3
+from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -36,6 +37,7 @@ _NO_CREDENTIALS = (
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+_EVERYBODY = ("/AllUsers", "/AuthenticatedUsers")
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?\Z')
 #: Seconds. With two attempts no call lasts longer than a minute; waiting longer is for those who hold the bytes.
 CONNECT_S, READ_S, ATTEMPTS = 5, 20, 2
@@ -112,6 +114,31 @@ class S3Storage:
         """As Storage.tidy: nothing, since a bucket shows an object when it is whole and forgets it otherwise."""
         return 0
 
+    def public(self) -> bool | None:
+        """As Storage.public: whether the bucket lists itself to somebody without credentials, or says that it would."""
+        with contextlib.suppress(ClientError, BotoCoreError):
+            _client(signature_version=UNSIGNED).list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+            return True
+        return self.said_public()
+
+    def said_public(self) -> bool | None:
+        """What the bucket's own settings say; servers that know no such settings say nothing."""
+        said = list[bool]()
+        with contextlib.suppress(ClientError, BotoCoreError):
+            # Servers that do not know the question answer with what they have, sometimes with a list of objects.
+            answer = self._client.get_public_access_block(Bucket=self._bucket)
+            block = answer.get("PublicAccessBlockConfiguration", {})
+            if block.get("RestrictPublicBuckets") and block.get("IgnorePublicAcls"):
+                return False
+        with contextlib.suppress(ClientError, BotoCoreError):
+            status = self._client.get_bucket_policy_status(Bucket=self._bucket).get("PolicyStatus", {})
+            said += [status["IsPublic"]] if "IsPublic" in status else []
+        with contextlib.suppress(ClientError, BotoCoreError):
+            grants = self._client.get_bucket_acl(Bucket=self._bucket).get("Grants")
+            who = [grant.get("Grantee", {}).get("URI", "") for grant in grants or ()]
+            said += [] if grants is None else [any(uri.endswith(_EVERYBODY) for uri in who)]
+        return any(said) if said else None
+
     def url(self, key: str) -> str:
         """s3://bucket/prefix/key."""
         return f"s3://{self._bucket}/{self._name(key)}"
@@ -144,7 +171,7 @@ def _same(answer: dict[str, Any], md5: str) -> bool:
     return etag is None or encrypted or etag[1] == md5
 
 
-def _client() -> Any:
+def _client(**options: Any) -> Any:
     own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         connect_timeout=CONNECT_S,
@@ -155,6 +182,7 @@ def _client() -> Any:
         s3={"addressing_style": "path" if own_endpoint else "auto"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        **options,
     )
     try:
         # A session of its own: boto3's default one is not safe to make clients from in several threads.

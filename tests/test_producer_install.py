@@ -167,6 +167,13 @@ def test_a_producer_submits_and_reads_the_status(producer: Producer) -> None:
     assert [job["state"] for job in status["jobs"]] == ["queued"]
 
 
+def test_a_producers_doctor_looks_at_its_own_half_and_skips_the_workers(producer: Producer) -> None:
+    found = {each["check"]: each for each in json.loads(producer.output("nightshift", "doctor", "--json"))}
+    assert (found["worker"]["mark"], "torch" in found["worker"]["seen"]) == ("skipped", True)
+    assert {found[check]["mark"] for check in ("settings", "kombu version", "pillow version")} == {"ok"}
+    assert not any(each["mark"] == "failed" for each in found.values())
+
+
 def test_a_producer_upgrades_a_database_from_the_wheels_own_migrations(producer: Producer) -> None:
     producer.output("nightshift", "db", "upgrade")
     assert (producer.home / "nightshift.db").is_file()

@@ -221,7 +221,18 @@ def test_status_has_the_form_that_scripts_rely_on() -> None:
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {
         "counts": {"queued": 1, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0},
-        "jobs": [{"id": str(job.id), "state": "queued", "attempts": 0, "error": None, "images": []}],
+        "jobs": [
+            {
+                "id": str(job.id),
+                "state": "queued",
+                "attempts": 0,
+                "error": None,
+                "traceback": None,
+                "suspect": False,
+                "solo_crashes": 0,
+                "images": [],
+            }
+        ],
     }
 
 

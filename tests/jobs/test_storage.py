@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -347,3 +349,25 @@ def test_a_put_that_was_stored_short_is_no_success(
     with pytest.raises(StorageError, match="5 instead of 9"):
         lying_bucket(5, honest_etag).put(KEY, b"nine byte", "image/png")
     lying_bucket(9, honest_etag).put(KEY, b"nine byte", "image/png")
+
+
+def test_a_full_disk_leaves_no_half_file_and_is_told_with_its_reason(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    storage = DirStorage(root)
+    storage.put(KEY, b"whole", "image/png")
+    code = (
+        "import resource, sys; from pathlib import Path; from jobs.storage import DirStorage\n"
+        "storage = DirStorage(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a file of more bytes cannot be written\n"
+        "for key in (sys.argv[2], 'images/new/0.png'):\n"
+        "    try:\n"
+        "        storage.put(key, bytes(5000), 'image/png')\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(root), KEY], capture_output=True, text=True, timeout=60)
+    assert told.stdout.splitlines() == [
+        f"StorageError the storage cannot reach {key}: {os.strerror(errno.EFBIG)}" for key in (KEY, "images/new/0.png")
+    ], told.stderr
+    assert [path.name for path in root.rglob("*") if path.is_file()] == ["0.png"]
+    assert storage.get(KEY) == b"whole"
