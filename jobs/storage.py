@@ -147,8 +147,7 @@ class DirStorage:
         path = self._path(key)
         temporary = path.parent / f".{secrets.token_hex(8)}.part"  # as _UNFINISHED; no key is called like that
         with _told(key):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check_inside(path.parent, key)
+            self._make_folders(path.parent, key)
             try:
                 _write_through(temporary, data)
                 failpoint("half_put")
@@ -229,6 +228,15 @@ class DirStorage:
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
+
+    def _make_folders(self, folder: Path, key: str) -> None:
+        """One by one: `parents=True` would leave those between open to others, and make some beyond a planted link."""
+        made = self._root
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for part in folder.relative_to(self._root).parts:
+            made /= part
+            made.mkdir(mode=0o700, exist_ok=True)
+            self._check_inside(made, key)
 
     def _check_inside(self, folder: Path, key: str) -> None:
         if not folder.resolve().is_relative_to(self._real_root):

@@ -217,8 +217,9 @@ def test_links_planted_in_the_storage_lead_nowhere_for_any_call(tmp_path: Path) 
     for key in ("inputs/secret.png", "a.png"):
         with pytest.raises(StorageError):
             storage.get(key)
-    with pytest.raises(StorageError):
-        storage.put("inputs/new.png", b"x", "image/png")
+    for key in ("inputs/new.png", "inputs/new/folder/a.png"):
+        with pytest.raises(InvalidKey, match="link"):
+            storage.put(key, b"x", "image/png")
     with pytest.raises(StorageError):
         storage.delete("inputs/secret.png")
     storage.delete("a.png")
