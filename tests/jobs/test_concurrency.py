@@ -8,10 +8,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
+import sqlalchemy as sa
+
 from jobs import schema
+from jobs.models import job
 from jobs.spec import JobSpec
 from jobs.states import State
 from jobs.store import Store
@@ -70,6 +74,24 @@ def test_two_sweepers_never_ring_for_the_same_job(store: Store) -> None:
     rung = at_once([lambda: store.due(10, older_than_s=60)] * 4)
     ids = [due.id for some in rung for due in some]
     assert len(ids) == len(set(ids)) <= 40
+
+
+def test_a_transaction_that_reads_before_it_writes_waits_for_its_turn(sqlite_store: Store) -> None:
+    """Begun without the write lock it would be told "database is locked" at its first write, whatever it waits."""
+    (view,) = sqlite_store.submit([SPEC])
+    stores = [Store.open(str(sqlite_store.engines.writer.url)) for _ in range(3)]  # each as in a process of its own
+    count = sa.select(job.c.attempts).where(job.c.id == view.id)
+
+    def add_one(store: Store) -> None:
+        for _ in range(10):
+            with store.engines.writer.begin() as connection:
+                before = connection.scalar(count)
+                connection.execute(sa.update(job).where(job.c.id == view.id).values(attempts=before + 1))
+
+    at_once([partial(add_one, store) for store in stores])
+    assert sqlite_store.get(view.id).attempts == 30
+    for store in stores:
+        store.close()
 
 
 def test_processes_that_start_together_on_a_fresh_file_all_get_its_tables(sqlite_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import UTC
 from uuid import UUID, uuid4
@@ -476,6 +477,18 @@ def test_the_databases_clock_compares_like_time(store: Store) -> None:
         assert not connection.scalar(sa.select(db_now(1) < db_now()))
     # Within a millisecond, which is what SQLite's clock keeps.
     assert (now - early).total_seconds() == pytest.approx(0.5, abs=0.05)
+
+
+def test_leases_are_on_the_databases_clock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submitted(store)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 0.0)  # this machine believes in 1970
+        claim = claimed(store, job_id)
+    assert store.sweep() == Sweep(0, 0, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 9e9)  # and now in 2255
+        assert store.sweep() == Sweep(0, 0, 0)
+    assert store.finish(claim, [picture()])
 
 
 def test_every_state_is_in_the_transitions() -> None:
