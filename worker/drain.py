@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
 
+from worker.exit_codes import DONE
+
 log = logging.getLogger(__name__)
 
 #: Of the grace time: rendering may take this much, the rest is for uploads and the last statements.
@@ -58,22 +60,27 @@ class Drain(threading.Thread):
         why = self._asked.get()
         deadline = self._clock() + self._grace_s
         log.info("%s: leaving within %.0f s", why, self._grace_s)
-        self._steps.admit_nothing()
-        self._steps.finish_until(self._clock() + RENDER_SHARE * self._grace_s)
-        self._steps.stop_consuming()
+        self._try(self._steps.admit_nothing)
+        self._try(lambda: self._steps.finish_until(self._clock() + RENDER_SHARE * self._grace_s))
+        self._try(self._steps.stop_consuming)
         if not self._left.wait(deadline - self._clock() - min(2.0, 0.1 * self._grace_s)):
             self._leave_now()
 
     def _leave_now(self) -> None:
         """Something hangs (an upload, the broker): hand the jobs back and go."""
         log.warning("grace time is over: releasing what is left")
-        releasing = threading.Thread(target=self._release, daemon=True)  # a database that hangs must not hold us
+        self._try(self._release_for_a_moment)
+        self._steps.exit(DONE)
+
+    def _release_for_a_moment(self) -> None:
+        # A thread of its own: a database that hangs must not hold us, and the leases will expire.
+        releasing = threading.Thread(target=self._try, args=(self._steps.release_all,), daemon=True)
         releasing.start()
         releasing.join(min(1.5, 0.08 * self._grace_s))
-        self._steps.exit(0)
 
-    def _release(self) -> None:
+    def _try(self, step: Callable[[], None]) -> None:
+        """Whatever a step raises, the next ones follow: without them the process would never leave."""
         try:
-            self._steps.release_all()
+            step()
         except Exception as error:
-            log.warning("not released, the leases will expire: %s", error)
+            log.warning("while leaving: %s: %s", type(error).__name__, error)

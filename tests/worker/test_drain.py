@@ -60,3 +60,16 @@ def test_a_database_that_hangs_does_not_hold_the_process() -> None:
     drain.request("SIGTERM")
     wait(steps.exited)
     never.set()
+
+
+def test_a_step_that_raises_stops_no_other() -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    steps = Steps()
+    broken = replace(steps.as_steps(), admit_nothing=breaks, finish_until=breaks, release_all=breaks)
+    drain = Drain(broken, grace_s=0.2)
+    drain.start()
+    drain.request("SIGTERM")
+    wait(steps.exited)
+    assert steps.done == ["stop", "exit 0"]
