@@ -25,6 +25,7 @@ PLACES: Mapping[str, str] = MappingProxyType(
         "before_insert_commit": "submit: the rows are inserted, the transaction is open",
         "after_insert_commit": "submit: the rows are committed, no bell has rung",
         "before_claim_commit": "claim: the row is ours, the transaction is open",
+        "after_claim_commit": "claim: committed, the worker has not got the answer",
         "after_claim": "the claim is committed, the engine has not heard of it",
         "step": "the engine's thread, before each step",
         "heartbeat": "before the statement that extends the leases",
@@ -56,6 +57,15 @@ def _raise(kind: type[BaseException]) -> Callable[[float], None]:
     return act
 
 
+def _hang(_: float) -> None:
+    threading.Event().wait()
+
+
+def _spin(_: float) -> None:
+    # Backtracks for ages inside one call, which never lets go of the interpreter's lock.
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
 #: What can happen there; some take ``=seconds``.
 ACTIONS: Mapping[str, Callable[[float], None]] = MappingProxyType(
     {
@@ -67,9 +77,8 @@ ACTIONS: Mapping[str, Callable[[float], None]] = MappingProxyType(
         "exit": _raise(SystemExit),
         "interrupt": _raise(KeyboardInterrupt),
         "sleep": time.sleep,
-        "hang": lambda _: threading.Event().wait(),
-        # Backtracks for ages inside one call, which never lets go of the interpreter's lock.
-        "spin": lambda _: bool(re.match(r"(a+)+$", "a" * 40 + "b")) or None,
+        "hang": _hang,
+        "spin": _spin,
     }
 )
 

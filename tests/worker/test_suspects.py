@@ -1,8 +1,10 @@
 """Who is drawn alone, who is charged, and who never is."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from uuid import UUID
 
 import pytest
 
@@ -10,9 +12,11 @@ from jobs import Settings, State
 from jobs.storage import open_storage
 from jobs.store import Store
 from jobs.views import JobView
+from sd_engine import Request
 from tests.fakes import FakeEngine, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Gate, wait
 from tests.worker.test_tasks import World, objects, store, submit
+from worker.engine_thread import Pixels
 from worker.heartbeat import Heartbeat
 from worker.reasons import Draining, LeaseLost
 
@@ -120,12 +124,14 @@ def test_a_drained_job_goes_on_from_its_saved_rows(store: Store, make_world: Cal
     assert claim is not None and claim.saved_key is not None
     assert first.deps.storage.get(claim.saved_key) == b"its rows"
     store.release(claim)
-    second, given = make_world(), list[object]()
+    second, given = make_world(), list[bytes | None]()
     engine_render = second.engine.render
-    second.engine.render = lambda key, requests, saved=None: (  # type: ignore[method-assign]
-        given.append(saved),
-        engine_render(key, requests),
-    )[1]
+
+    def look(key: UUID, requests: Sequence[Request], saved: bytes | None = None) -> Future[list[Pixels]]:
+        given.append(saved)
+        return engine_render(key, requests)
+
+    second.engine.render = look  # type: ignore[method-assign]
     second.render(job)
     assert given == [b"its rows"]
     assert store.get(job.id).state is State.succeeded
