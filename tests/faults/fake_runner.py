@@ -58,9 +58,18 @@ def _hang() -> None:
 
 
 def _eat_memory() -> None:
-    """Until the limit of the process or of the machine ends it; never more than 8 GB."""
-    eaten = [bytearray(b"x" * 2**26) for _ in range(128)]
-    raise AssertionError(f"no limit of memory was set: {len(eaten)} x 64 MiB were there")
+    """Until somebody ends the process for it; never more than 8 GB."""
+    eaten = []
+    for _ in range(128):
+        eaten.append(bytearray(b"x" * 2**26))
+        time.sleep(0.02)
+    raise AssertionError(f"nobody minded {len(eaten)} x 64 MiB")
+
+
+def _ask_for_memory() -> None:
+    """Until it is refused; none of it is touched, so none of it is really taken."""
+    asked = [bytearray(2**28) for _ in range(256)]
+    raise AssertionError(f"no limit of memory was set: {len(asked)} x 256 MiB were granted")
 
 
 #: By the first word of a prompt. `breaks` and those that end the process do it at the row's second step, beside the
@@ -73,6 +82,7 @@ MISDEEDS: Mapping[str, Callable[[], object]] = MappingProxyType(
         "hangs": _hang,
         "spins": lambda: ACTIONS["spin"](0.0),
         "eats": _eat_memory,
+        "asks": _ask_for_memory,
     }
 )
 _WHOLE_STEP = frozenset(MISDEEDS) - {"raises"}

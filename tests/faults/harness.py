@@ -32,13 +32,15 @@ from tests.faults.zygote import Forked
 from worker.process import Options
 
 #: Longest wait for what must happen; never reached when all is well.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 #: For two cores that run four nights at once.
 SLACK_S = 6.0
 #: `worker.process.Options` of every worker, unless a row says otherwise.
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"concurrency": 8, "lease_s": 1.5, "beat_s": 0.5, "poll_s": 0.1, "grace_s": 3.0}
 )
+#: For rows in which no lease may end: a loaded machine must not end it either.
+CALM: Mapping[str, Any] = MappingProxyType({"lease_s": 12.0, "beat_s": 1.0})
 STEPS = 8
 
 

@@ -39,10 +39,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--seed") is not None or config.getoption("--seeds"):
         return
-    left = [item for item in items if _is_row(item) and not item.get_closest_marker("fault_slice")]
+    left = [item for item in items if _is_row(item) and not _is_in_slice(item)]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
+
+
+def _is_in_slice(item: pytest.Item) -> bool:
+    """Marked, and of a row that runs on both lanes only one: even numbers embedded, odd ones production."""
+    if item.get_closest_marker("fault_slice") is None:
+        return False
+    row, lane = _ROW.match(item.name), item.callspec.params.get("lane")
+    chosen = any(mark.args[0] == "lane" for mark in item.iter_markers("parametrize"))
+    return row is None or lane is None or chosen or (int(row[1]) % 2 == 0) == (lane == "embedded")
 
 
 def _is_row(item: pytest.Item) -> bool:

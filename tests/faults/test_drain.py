@@ -9,7 +9,7 @@ import pytest
 
 from jobs import State
 from tests.faults.checker import check
-from tests.faults.harness import SLACK_S, Night, Worker
+from tests.faults.harness import CALM, SLACK_S, Night, Worker
 from tests.faults.lanes import only
 from tests.faults.s3_stub import faulty_s3
 
@@ -20,7 +20,7 @@ LONG_STEPS, LONG_STEP_S = 500, 0.008
 
 def a_worker_in_its_steps(night: Night, **how: float) -> Worker:
     """A worker that has made some steps of `HELD` jobs."""
-    worker = night.worker(**how).ready()  # type: ignore[arg-type]
+    worker = night.worker(**CALM, **how).ready()  # type: ignore[arg-type]
     night.wait_until(lambda: len(night.entries("began")) >= min(HELD, len(night.jobs)), "rows in the engine")
     time.sleep(night.rng.uniform(0.05, 0.3))
     return worker
@@ -36,7 +36,7 @@ def test_row_07_what_fits_the_grace_time_is_finished(night: Night) -> None:
     views = night.views().values()
     assert not [view for view in views if view.spec.prompt in begun and view.state is not State.succeeded]
     assert all((view.attempts, view.state) == (0, State.queued) for view in views if not view.ended)
-    peer = night.worker()
+    peer = night.worker(**CALM)
     night.wait_ended()
     assert check(night)
     peer.stop()
@@ -69,7 +69,7 @@ def test_row_09_further_signals_change_nothing(night: Night, long: bool) -> None
     leaving.stop(*[signal.SIGTERM] * 5, signal.SIGINT)
     assert "Traceback" not in night.log_text()
     assert all(view.attempts == (1 if view.ended else 0) for view in night.views().values())
-    peer = night.worker(step_s=0.001)
+    peer = night.worker(step_s=0.001, **CALM)
     night.wait_ended()
     assert check(night)
     peer.stop()
@@ -83,7 +83,7 @@ def test_row_10_a_worker_leaves_in_time_although_the_storage_does_not_answer(
     """SIGTERM while S3 answers 503, 403 or not at all"""
     with faulty_s3(night.seed) as stub:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", stub.server.endpoint)
-        leaving = night.worker(grace_s=2.0).ready()
+        leaving = night.worker(grace_s=2.0, **CALM).ready()
         getattr(stub, trouble)()
         night.submit(12, steps=4)
         night.wait_until(lambda: len(night.entries("drawn")) >= HELD, "pictures that cannot be stored")
@@ -91,7 +91,7 @@ def test_row_10_a_worker_leaves_in_time_although_the_storage_does_not_answer(
         assert not night.client.counts()[State.running]
         assert {view.attempts for view in night.views().values()} == {0}
         stub.heal()
-        peer = night.worker()
+        peer = night.worker(**CALM)
         night.wait_ended()
         assert check(night, duplicates=12)
         peer.stop()
@@ -100,29 +100,28 @@ def test_row_10_a_worker_leaves_in_time_although_the_storage_does_not_answer(
 def test_row_10_a_worker_leaves_in_time_although_its_uploads_hang(night: Night) -> None:
     """SIGTERM while every upload hangs"""
     night.submit(12, steps=4)
-    leaving = night.worker(failpoint="before_upload:hang", grace_s=2.0).ready()
+    leaving = night.worker(failpoint="before_upload:hang", grace_s=2.0, **CALM).ready()
     night.wait_until(lambda: len(night.entries("drawn")) >= HELD, "pictures that cannot be stored")
     leaving.stop()
     assert not night.client.counts()[State.running]
     assert {view.attempts for view in night.views().values()} == {0}
-    peer = night.worker()
+    peer = night.worker(**CALM)
     night.wait_ended()
     assert check(night, duplicates=12)
     peer.stop()
 
 
-@pytest.mark.fault_slice
 def test_row_11_jobs_that_had_not_begun_are_not_begun_by_a_leaving_worker(night: Night) -> None:
     """SIGTERM with messages prefetched and not started"""
     night.submit(20, steps=100)
-    leaving = night.worker(step_s=0.005, concurrency=2).ready()
+    leaving = night.worker(step_s=0.005, concurrency=2, **CALM).ready()
     night.wait_until(lambda: len(night.entries("began")) >= 2, "rows in the engine")
     time.sleep(night.rng.uniform(0.0, 0.3))
     asked = time.monotonic()
     leaving.stop()
     assert not [entry for entry in night.entries("began") if entry.at_s > asked + 0.5]
     assert len(night.entries("began")) <= 4
-    peer = night.worker()
+    peer = night.worker(**CALM)
     night.wait_ended()
     assert check(night)
     peer.stop()

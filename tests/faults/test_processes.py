@@ -13,7 +13,7 @@ from jobs.bell import Bell
 from jobs.views import Due
 from tests.faults.checker import check
 from tests.faults.fake_runner import MODEL
-from tests.faults.harness import Guardian, Night
+from tests.faults.harness import CALM, Guardian, Night
 
 HELD = 8
 """Jobs that a worker holds at once, so the most that one death may let be computed again."""
@@ -86,7 +86,6 @@ def test_row_03_a_job_committed_before_its_worker_died_is_not_drawn_again(night:
     peer.stop()
 
 
-@pytest.mark.fault_slice
 @pytest.mark.parametrize("where", ["after_claim", "before_claim_commit"])
 def test_row_04_a_job_claimed_by_a_worker_that_died_at_once_comes_back(night: Night, where: str) -> None:
     """kill -9 between the claim and the engine"""
@@ -105,7 +104,7 @@ def test_row_04_a_job_claimed_by_a_worker_that_died_at_once_comes_back(night: Ni
 @pytest.mark.fault_slice
 def test_row_05_jobs_of_a_producer_that_died_before_it_rang_are_drawn_once(night: Night) -> None:
     """kill -9 of a producer between its commit and its bells"""
-    worker = night.worker().ready()
+    worker = night.worker(lease_s=4.0).ready()
     producer = night.fork("producer", failpoint="after_insert_commit:kill9", specs=night.specs(6), batch="night")
     assert producer.wait() == -signal.SIGKILL
     assert len(night.adopt()) == 6
@@ -114,11 +113,10 @@ def test_row_05_jobs_of_a_producer_that_died_before_it_rang_are_drawn_once(night
     worker.stop()
 
 
-@pytest.mark.fault_slice
 @pytest.mark.parametrize("end", ["raise", "kill9"])
 def test_row_06_a_submit_that_was_rolled_back_leaves_no_ghost(night: Night, end: str) -> None:
     """a producer's transaction that is rolled back; bells for ids that nobody knows"""
-    worker = night.worker().ready()
+    worker = night.worker(**CALM).ready()
     producer = night.fork("producer", failpoint=f"before_insert_commit:{end}", specs=night.specs(6), batch="night")
     assert producer.wait() != 0
     assert not night.adopt()
