@@ -26,7 +26,7 @@ CHECKED := jobs sd_engine worker migrations tests benchmarks
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow faults parity check format train-mini clean
+.PHONY: help .venv demo test test-slow faults parity audit check format train-mini clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,14 @@ faults: $(STAMP)  ## every fault of the table, SEEDS=20 times each; ACKS_LATE=0:
 parity: $(STAMP)  ## full-size SD 1.5 and 2.1 models beside the reference's: a table of differences
 	@$(BIN)/python -m benchmarks.parity
 
+# In an environment of its own, whose packages are not ours to pin. Strict: what could not be asked about is a failure.
+audit: .audit/bin/pip-audit  ## published advisories on the versions in constraints.txt (asks PyPI)
+	@.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+.audit/bin/pip-audit:
+	@$(PYTHON) -m venv .audit
+	@.audit/bin/python -m pip --disable-pip-version-check install --quiet "pip-audit>=2.10"
+
 check: $(STAMP)  ## ruff, mypy --strict and the import rule
 	@$(BIN)/ruff format --check $(wildcard $(CHECKED))
 	@$(BIN)/ruff check $(wildcard $(CHECKED))
@@ -73,4 +81,4 @@ train-mini: $(STAMP)  ## train the shipped model anew (hours on two cores, resum
 	@$(BIN)/nightshift train-mini
 
 clean:  ## remove what was made here: environment, caches, build products
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .audit build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
