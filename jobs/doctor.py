@@ -170,7 +170,8 @@ def _broker(url: str) -> Iterator[Finding]:
 def _redis(url: str) -> Iterator[Finding]:
     options = {**transport_options(url), "socket_timeout": 5}
     with Broker(url, connect_timeout=5, transport_options=options) as connection:
-        client: Any = connection.default_channel.client
+        channel: Any = connection.default_channel  # with the very options that producer and worker take
+        client = channel.client
         client.ping()
         yield Finding("broker", Mark.ok, f"{shown_url(url)} answers (redis {client.info('server')['redis_version']})")
         policy = None

@@ -17,7 +17,7 @@ from jobs.checks import Finding, Mark, installed_checks
 from jobs.client import Client
 from jobs.errors import SettingsError
 from jobs.options import on_terminal
-from jobs.prune import ORPHAN_AGE, Order, Pruned, silently
+from jobs.prune import Order, Pruned, silently
 from jobs.redaction import hide
 from jobs.repair import Damage
 from jobs.settings import Settings
@@ -28,33 +28,21 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks
 SHOWN_DAMAGE = 50
 
 
-class Age(click.ParamType):
+def _age(context: click.Context, param: click.Parameter, value: str) -> timedelta:
     """A time span in one unit: 90s, 30m, 12h, 30d, 4w."""
-
-    name = "age"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        """The span; a default is one already."""
-        if isinstance(value, timedelta):
-            return value
-        match = re.fullmatch(r"([0-9]{1,6})([smhdw])", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} is no age; write a number and one of s, m, h, d, w: 12h, 30d", param, ctx)
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", value.strip())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no age; write a number and one of s, m, h, d, w: 12h, 30d")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
-class States(click.ParamType):
-    """Some of the states that end a job, separated by commas."""
-
-    name = "states"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> frozenset[State]:
-        """The states."""
-        names = {word.strip() for word in str(value).split(",")}
-        if not names or not names <= TERMINAL:
-            allowed = ", ".join(sorted(TERMINAL))
-            self.fail(f"{value!r} is not allowed; allowed: {allowed}, separated by commas", param, ctx)
-        return frozenset(State(name) for name in names)
+def _states(context: click.Context, param: click.Parameter, value: str | None) -> frozenset[State]:
+    """Some of the states that end a job, separated by commas; all of them when none is given."""
+    names = TERMINAL if value is None else {word.strip() for word in value.split(",")}
+    if not names <= TERMINAL:
+        allowed = ", ".join(sorted(TERMINAL))
+        raise click.BadParameter(f"{value!r} is not allowed; allowed: {allowed}, separated by commas")
+    return frozenset(State(name) for name in names)
 
 
 @click.command(
@@ -66,13 +54,15 @@ Examples:
 
 Safe beside workers, and to be stopped at any moment: the next prune goes on. Exit code 0: done."""
 )
-@click.option("--older-than", type=Age(), required=True, metavar="AGE", help="jobs that ended longer ago: 12h, 30d, 4w")
 @click.option(
-    "--state", "states", type=States(), metavar="STATE,...", help="only of these: succeeded, failed, cancelled"
+    "--older-than", callback=_age, required=True, metavar="AGE", help="jobs that ended longer ago: 12h, 30d, 4w"
+)
+@click.option(
+    "--state", "states", callback=_states, metavar="STATE,...", help="only of these: succeeded, failed, cancelled"
 )
 @click.option("--batch", metavar="NAME", help="only the jobs of this batch")
 @click.option(
-    "--orphans-older-than", type=Age(), default=ORPHAN_AGE, metavar="AGE", show_default="1d",
+    "--orphans-older-than", callback=_age, default="1d", metavar="AGE", show_default=True,
     help="objects that no job names, stored longer ago",
 )  # fmt: skip
 @click.option(
@@ -82,7 +72,7 @@ Safe beside workers, and to be stopped at any moment: the next prune goes on. Ex
 @click.option("--json", "json_form", is_flag=True, help="print the counts as JSON")
 def prune(
     older_than: timedelta,
-    states: frozenset[State] | None,
+    states: frozenset[State],
     batch: str | None,
     orphans_older_than: timedelta,
     unknown: bool,
@@ -90,7 +80,7 @@ def prune(
     json_form: bool,
 ) -> None:
     """Remove old jobs with their pictures, and objects that no job names."""
-    order = Order(older_than, states or TERMINAL, batch, orphans_older_than, unknown, dry_run)
+    order = Order(older_than, states, batch, orphans_older_than, unknown, dry_run)
     with Client() as client:
         done = client.prune(order, _watch if on_terminal() else silently)
     if json_form:

@@ -197,7 +197,7 @@ class Prune:
             yield len(some)
 
     def _old_inputs(self, keys: Iterable[str], before: datetime) -> set[str]:
-        old = set()
+        old = set[str]()
         for key in keys:
             with contextlib.suppress(KeyNotFound):
                 (old if self.storage.look(key).modified <= before else self._young).add(key)

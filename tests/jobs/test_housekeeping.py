@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from jobs import Client, KeyNotFound, Settings, State, checks, cli, commands, doctor, housekeeping
 from jobs.db import db_now, open_engines
+from jobs.errors import NightshiftError
 from jobs.models import job as job_table
 from jobs.repair import TOO_MANY
 from jobs.storage import DirStorage, open_storage
@@ -70,7 +71,7 @@ def draw(client: Client, storage: DirStorage) -> Callable[..., UUID]:
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def invoke(*words: str) -> Result:
         result = CliRunner().invoke(COMMANDS[words[0]], list(words[1:]))
-        assert result.exception is None or isinstance(result.exception, (SystemExit, cli.NightshiftError)), result
+        assert result.exception is None or isinstance(result.exception, (SystemExit, NightshiftError)), result
         return result
 
     return invoke
