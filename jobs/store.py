@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -23,7 +23,7 @@ from jobs.models import job
 from jobs.spec import JobSpec
 from jobs.states import State
 from jobs.store_lease import GIVEN_BACK, cancel_wanted, held, is_in, may_become
-from jobs.views import Beat, Claim, Due, JobView, Output, Sweep
+from jobs.views import Beat, Claim, Due, JobView, Output, Sweep, Unanswered
 
 #: Seconds until the next attempt after the first error; doubled for each further one.
 BACKOFF_S = 2.0
@@ -128,15 +128,25 @@ class Store:
 
     # The worker's half
 
-    def claim(self, job_id: UUID, worker_id: str, *, lease_s: float = 30.0, alone: bool = False) -> Claim | None:
+    def claim(
+        self,
+        job_id: UUID,
+        worker_id: str,
+        *,
+        lease_s: float = 30.0,
+        alone: bool = False,
+        token: UUID | None = None,
+    ) -> Claim | None:
         """Take the job for `lease_s` seconds; counts the attempt. None when it is not there to be taken.
 
         alone: the worker holds nothing else and will not before this one ended; only so does it get a suspect.
+        token: a fresh one, made by a caller who wants to vouch for a claim whose answer never came.
         A job whose stored spec this version cannot read fails at once, with the reason.
         """
         with self._engines.writer.begin() as connection:
-            claim = store_lease.claim(connection, job_id, worker_id, lease_s, alone=alone)
+            claim = store_lease.claim(connection, job_id, worker_id, token or uuid4(), lease_s, alone=alone)
             failpoint("before_claim_commit")
+        failpoint("after_claim_commit")
         return claim
 
     def is_suspect(self, job_id: UUID) -> bool:
@@ -202,7 +212,7 @@ class Store:
                 connection, claim, wait_s=wait_s, reason=reason, suspect=suspect, saved_key=saved_key
             )
 
-    def vouch(self, claim: Claim) -> bool:
+    def vouch(self, claim: Claim | Unanswered) -> bool:
         """Say that the worker lives although this lease of it expired: nobody crashed, so the job is no suspect.
 
         It must not render the job any more: one that nobody missed yet is released.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -13,10 +13,11 @@ from sqlalchemy.engine import Connection
 from jobs.db import db_now
 from jobs.errors import InvalidSpec
 from jobs.models import MAX_SOLO_CRASHES, image, job
+from jobs.redaction import hide
 from jobs.states import State, sources
 from jobs.store_insert import as_row
 from jobs.store_read import stored_spec
-from jobs.views import Beat, Claim, Due, Output, Sweep
+from jobs.views import Beat, Claim, Due, Output, Sweep, Unanswered
 
 MAX_ERROR_CHARS = 4000
 MAX_TRACEBACK_CHARS = 20_000
@@ -36,7 +37,7 @@ def may_become(target: State) -> sa.ColumnElement[bool]:
     return job.c.state.in_(sources(target))
 
 
-def held(claim: Claim) -> sa.ColumnElement[bool]:
+def held(claim: Claim | Unanswered) -> sa.ColumnElement[bool]:
     """The fence: the job runs, and under this very claim."""
     return sa.and_(job.c.id == claim.job_id, is_in(State.running), job.c.lease_token == claim.token)
 
@@ -56,9 +57,10 @@ _GIVE_BACK: dict[str, Any] = {
 }
 
 
-def claim(connection: Connection, job_id: UUID, worker_id: str, lease_s: float, *, alone: bool) -> Claim | None:
+def claim(
+    connection: Connection, job_id: UUID, worker_id: str, token: UUID, lease_s: float, *, alone: bool
+) -> Claim | None:
     """Take the job; a suspect only `alone`. None when it is not there to be taken."""
-    token = uuid4()
     waiting = sa.and_(is_in(State.queued), job.c.available_at <= db_now())
     fit = sa.literal(True) if alone else ~_suspect
     statement = (
@@ -145,7 +147,13 @@ def fail(
 
 
 def release(
-    connection: Connection, claim: Claim, *, wait_s: float, reason: str | None, suspect: bool, saved_key: str | None
+    connection: Connection,
+    claim: Claim | Unanswered,
+    *,
+    wait_s: float,
+    reason: str | None,
+    suspect: bool,
+    saved_key: str | None,
 ) -> bool:
     """Back into the queue with everything that the claim counted. False: the lease is lost."""
     values: dict[str, Any] = {"error": _text(reason, MAX_ERROR_CHARS)} if reason is not None else {}
@@ -168,7 +176,7 @@ def release(
     return connection.execute(statement).rowcount == 1
 
 
-def vouch(connection: Connection, claim: Claim) -> bool:
+def vouch(connection: Connection, claim: Claim | Unanswered) -> bool:
     """Take back what the sweep thought of a lost lease: its worker lives, so the job did not crash it."""
     if release(connection, claim, wait_s=0.0, reason=None, suspect=False, saved_key=None):
         return True  # no sweep came yet; the next one would have suspected it after all

@@ -83,6 +83,15 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A claim that the database may have granted: it did not say. All that one can do with it is to vouch for it."""
+
+    job_id: UUID
+    token: UUID
+    suspect: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """The tokens that a heartbeat found alive. A claim whose token is in neither set is lost."""
 

@@ -47,7 +47,7 @@ class Heartbeat(Periodic):
             finally:
                 # Also, and above all, when the database did not answer.
                 self._leases.fence(self._clock() - self._lease_s)
-        self._leases.vouch_for_lost(lambda claim: self._store.release(claim) or self._store.vouch(claim))
+        self._leases.vouch_for_lost(self._store.vouch)
         return self._poll_s
 
     def _beat_or_poll(self) -> None:

@@ -3,10 +3,15 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from uuid import UUID
 
-from jobs.views import Claim
+from jobs.views import Claim, Unanswered
 from worker.reasons import Interrupted, LeaseLost
+
+#: While the database is away each bell leaves a claim without an answer. The heartbeat that tells of them must not be
+#: late for the leases that are held; those that are forgotten here wait for their lease.
+MOST_LOST, VOUCHED_AT_ONCE = 1000, 20
 
 
 @dataclass(slots=True)
@@ -40,13 +45,14 @@ class Lease:
 class Leases:
     """Held claims by token. ``interrupt`` is called with a token and a reason, from the heartbeat's thread.
 
-    ``lost``: claims whose lease ran out while this process lived, until the database has heard that it does.
+    ``lost``: claims whose lease ran out, or that got no answer, while this process lived, until the database has heard
+    that it does.
     """
 
     def __init__(self, interrupt: Callable[[UUID, Interrupted], None]) -> None:
         self._interrupt_rows = interrupt
         self._held: dict[UUID, Lease] = {}
-        self._lost: dict[UUID, Claim] = {}
+        self._lost: dict[UUID, Claim | Unanswered] = {}
         self._lock = threading.Lock()
 
     def take(self, claim: Claim, since: float) -> Lease:
@@ -61,15 +67,18 @@ class Leases:
         with self._lock:
             self._held.pop(lease.claim.token, None)
 
-    def lose(self, claim: Claim) -> None:
-        """Remember a claim whose lease ran out although this process lives."""
+    def lose(self, claim: Claim | Unanswered) -> None:
+        """Remember a claim whose lease ran out, or whose answer never came, although this process lives."""
         with self._lock:
+            if len(self._lost) >= MOST_LOST:
+                del self._lost[next(iter(self._lost))]
             self._lost[claim.token] = claim
 
-    def vouch_for_lost(self, tell: Callable[[Claim], object]) -> None:
-        """Tell the database of each lost claim; those for which it does not answer stay for the next time."""
+    def vouch_for_lost(self, tell: Callable[[Claim | Unanswered], object]) -> None:
+        """Tell the database of a few lost claims; the others, and those for which it does not answer, wait for the
+        next time."""
         with self._lock:
-            lost = list(self._lost.values())
+            lost = list(islice(self._lost.values(), VOUCHED_AT_ONCE))
         for claim in lost:
             tell(claim)
             with self._lock:

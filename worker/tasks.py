@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from jobs.errors import StorageError
 from jobs.failpoints import failpoint
 from jobs.storage import Storage
 from jobs.store import Store
-from jobs.views import Claim
+from jobs.views import Claim, Unanswered
 from worker.delivery import Drawn, Outside, describe, settle, show
 from worker.engine_thread import EngineThread
 from worker.leases import Lease, Leases
@@ -91,7 +91,13 @@ def claimed(job_id: str, deps: Deps) -> Iterator[Lease | None]:
 def claim(job_id: UUID, deps: Deps, *, alone: bool) -> Lease | None:
     """The job under a lease that the heartbeat extends from now on."""
     since = deps.clock()  # before the statement: we must stop trusting a lease before the database does
-    claim = deps.store.claim(job_id, deps.worker_id, lease_s=deps.lease_s, alone=alone)
+    token = uuid4()
+    try:
+        claim = deps.store.claim(job_id, deps.worker_id, lease_s=deps.lease_s, alone=alone, token=token)
+    except BaseException:
+        # It may be ours all the same: it is given back before its lease makes a suspect of it.
+        deps.leases.lose(Unanswered(job_id, token, alone))
+        raise
     if claim is None:
         return None
     lease = deps.leases.take(claim, since)
