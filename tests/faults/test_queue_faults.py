@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,13 @@ def test_row_28_each_job_is_claimed_once_by_many_processes(night: Night) -> None
     ids = [str(view.id) for view in night.store.submit([JobSpec(prompt="x")] * jobs)]
     out = night.folder / "claims"
     start_s = time.monotonic() + GATE_S
-    shared = {"url": night.settings.database_url, "ids": ids, "threads": 8, "start_s": start_s, "out": str(out)}
+    shared: dict[str, Any] = {
+        "url": night.settings.database_url,
+        "ids": ids,
+        "threads": 8,
+        "start_s": start_s,
+        "out": str(out),
+    }
     claimers = [call(night, "claim_all", seed=4 * night.seed + number, **shared) for number in range(4)]
     assert [claimer.wait(120) for claimer in claimers] == [0] * 4
     said = notes(out)
@@ -56,15 +63,20 @@ def test_row_45_twenty_submits_with_one_key_make_one_job(night: Night, processes
     """20 parallel submits with one idempotency key"""
     out = night.folder / "ids"
     start_s = time.monotonic() + GATE_S
-    shared = {"key": f"night-{night.seed}", "threads": 20 // processes, "start_s": start_s, "out": str(out)}
+    shared: dict[str, Any] = {
+        "key": f"night-{night.seed}",
+        "threads": 20 // processes,
+        "start_s": start_s,
+        "out": str(out),
+    }
     submitters = [call(night, "submit_one_key", **shared) for _ in range(processes)]
     assert [submitter.wait() for submitter in submitters] == [0] * processes
     (view,) = night.adopt()
     assert notes(out) == [["job", str(view.id)]] * 20
     worker = night.worker().ready()
     night.wait_ended()
+    print(check(night, broker=True))
     worker.stop()
-    check(night, broker=True)
 
 
 @only("embedded")
