@@ -17,7 +17,7 @@ import redis
 
 from jobs.bell import TASK
 from tests import servers
-from tests.faults.harness import Night
+from tests.faults.harness import CALM, Night
 from tests.faults.proxy import TcpProxy
 
 PREFIX = "nightshift:"
@@ -25,8 +25,8 @@ QUEUE = f"{PREFIX}render.nightshift-mini"
 UNACKED = f"{PREFIX}unacked"
 #: kombu's transport options in scaled time: what a connection took and lost comes back after 2 s, not 600.
 SOON_BACK: Mapping[str, Any] = {"visibility_timeout": 2, "unacked_restore_interval": 0.5}
-#: Of workers whose leases nobody may lose: the rows promise that no picture is computed twice, on a busy machine too.
-CALM: Mapping[str, Any] = {"broker": SOON_BACK, "lease_s": 3.0, "beat_s": 0.5}
+#: Of a worker in these rows: its leases outlast a busy machine, its bells age as in a night of short leases.
+BELLS: Mapping[str, Any] = {**CALM, "broker": SOON_BACK, "paced_s": 2.0}
 #: After an outage Celery looks for the broker at once, then 2, 4 and 6 s after each look before.
 LOOKS_AGAIN_S = 12.0
 

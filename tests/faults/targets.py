@@ -23,6 +23,7 @@ from worker import process as worker_process
 from worker.lifeline import Lifeline
 from worker.preflight import open_services
 from worker.process import Options, run
+from worker.sweeper import pace_for
 from worker.told import told_in_a_sentence
 
 
@@ -35,6 +36,7 @@ def worker(
     clock_step_s: float = 0.0,
     broker: Mapping[str, Any] | None = None,
     deaf_s: float = 0.0,
+    paced_s: float = 0.0,
     s3_answer_s: float = 0.0,
     lifeline: Lifeline | None = None,
 ) -> int:
@@ -42,13 +44,15 @@ def worker(
 
     mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: see `set_limit`. clock_step_s: how
     far its wall clock is from the others'. broker: more of kombu's transport options. deaf_s: how long it may hear
-    nothing, in place of what suits its leases. s3_answer_s: how long it waits for an answer of S3. lifeline: the tie to
-    its supervisor.
+    nothing, in place of what suits its leases. paced_s: it sweeps and rings as with leases so long. s3_answer_s: how
+    long it waits for an answer of S3. lifeline: the tie to its supervisor.
     """
     if broker:
         patch.object(worker_app, "transport_options", lambda url: {**transport_options(url), **broker}).start()
     if deaf_s:
         patch.object(worker_process, "patience_for", lambda _: deaf_s).start()
+    if paced_s:
+        patch.object(worker_process, "pace_for", lambda url, _: pace_for(url, paced_s)).start()
     if s3_answer_s:
         patch.object(storage_s3, "READ_S", s3_answer_s).start()
     for name, limit in (limits or {}).items():

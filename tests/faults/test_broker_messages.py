@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from jobs.bell import TASK
-from tests.faults.brokers import CALM, QUEUE, depth, envelope, look, messages
+from tests.faults.brokers import BELLS, QUEUE, depth, envelope, look, messages
 from tests.faults.checker import check
 from tests.faults.harness import Night
 
@@ -35,8 +35,8 @@ def broker(night: Night) -> Iterator[redis.Redis]:
 @pytest.mark.fault_slice
 def test_row_18_a_flushed_broker_loses_no_job(night: Night, broker: redis.Redis) -> None:
     """FLUSHALL with many queued and 8 running"""
+    workers = [night.worker(**BELLS).ready() for _ in range(2)]
     night.submit(500 if night.seed == 2 else 40, steps=night.rng.randrange(50, 150))
-    workers = [night.worker(**CALM).ready() for _ in range(2)]
     running = night.wait_running(8)
     broker.flushall()
     ended = night.wait_ended()
@@ -65,7 +65,7 @@ def test_row_19_a_full_broker_fails_no_submit(
     night: Night, broker: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Redis is out of memory for writes"""
-    worker = night.worker(**CALM).ready()
+    worker = night.worker(**BELLS).ready()
     try:
         broker.config_set("maxmemory", "1")
         with caplog.at_level(logging.WARNING, "jobs.bell"):
@@ -86,7 +86,7 @@ def test_row_20_jobs_longer_than_the_visibility_timeout_are_drawn_once(
     """visibility_timeout 1 s, jobs of 4 s"""
     night.submit(8, steps=night.rng.randrange(300, 500))
     impatient = {"visibility_timeout": 1, "unacked_restore_interval": 0.3}
-    workers = [night.worker(**{**CALM, "broker": impatient}, step_s=0.01).ready() for _ in range(2)]
+    workers = [night.worker(**{**BELLS, "broker": impatient}, step_s=0.01).ready() for _ in range(2)]
     night.wait_ended()
     print(check(night, broker=True))
     if pytestconfig.getoption("--acks-late"):
@@ -108,7 +108,7 @@ def test_row_21_five_bells_for_each_job_in_any_order_draw_it_once(night: Night, 
             # Half of them as a second producer's: with a delivery tag of their own.
             pipeline.lpush(QUEUE, copy if night.rng.random() < 0.5 else retagged(copy))
         pipeline.execute()
-    workers = [night.worker(**CALM).ready() for _ in range(2)]
+    workers = [night.worker(**BELLS).ready() for _ in range(2)]
     night.wait_ended()
     print(check(night, broker=True))
     for worker in workers:
@@ -172,7 +172,7 @@ def without_headers(message: bytes) -> bytes:
 def test_row_22_whatever_else_lies_in_the_queue_is_dropped(night: Night, broker: redis.Redis) -> None:
     """Garbage, pickles, unknown tasks, old and later protocols"""
     canary = night.folder / "canary"
-    worker = night.worker(**CALM).ready()
+    worker = night.worker(**BELLS).ready()
     strange = rubbish(night, canary)
     night.rng.shuffle(strange)
     for number, message in enumerate(strange):

@@ -22,7 +22,7 @@ from jobs import State
 from jobs.db import db_now
 from jobs.models import job as job_table
 from jobs.store import Store
-from tests.faults.brokers import CALM, again_and_again, depth, look, pauses, unacked
+from tests.faults.brokers import BELLS, again_and_again, depth, look, pauses, unacked
 from tests.faults.checker import check, held
 from tests.faults.harness import SLACK_S, Night
 
@@ -74,15 +74,15 @@ def test_row_43_nobody_rings_for_a_row_that_another_has_just_rung_for(night: Nig
         return [due.id for _ in range(6) for due in store.due(limit, older_than_s=60.0)]
 
     rung = Counter(id for ids in at_once(night, ring) for id in ids)
-    assert set(rung.values()) == {1}
-    assert len(rung) <= len(jobs)
-    left = len(jobs) - len(rung)
-    assert not left or len(rung) >= 6 * limit, "who found rows locked by another came back for more"
+    # Who meets rows that another has just locked passes them over; they are there for the next round.
+    rung.update(due.id for due in night.store.due(len(jobs), older_than_s=60.0))
+    assert rung == Counter(job.id for job in jobs)
 
 
 def test_row_43_jobs_of_a_killed_worker_are_handled_once_by_the_others(night: Night) -> None:
     """A worker that sweeps is killed among three"""
-    workers = [night.worker(**CALM).ready() for _ in range(SWEEPERS)]
+    # A lease that a busy machine outlasts, and short enough to wait for its end.
+    workers = [night.worker(**{**BELLS, "lease_s": 4.0}).ready() for _ in range(SWEEPERS)]
     night.submit(30, steps=night.rng.randrange(100, 300))
     night.wait_running(12)
     victim = night.rng.choice([worker for worker in workers if worker.holds()])
@@ -135,7 +135,7 @@ def test_row_50_a_backlog_stays_in_the_database(night: Night, workers: int) -> N
         def measure() -> None:
             worst[:] = max(worst[0], depth(client)), max(worst[1], unacked(client))
 
-        started = [night.worker(**CALM) for _ in range(workers)]
+        started = [night.worker(**BELLS) for _ in range(workers)]
         with again_and_again(measure, pauses(night, 0.005, 0.02)):
             # By the tally: what the test itself asks the database would be counted too.
             night.wait_until(lambda: len(night.entries("drawn")) > 20 * workers, "some work")
