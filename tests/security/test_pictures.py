@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import struct
 import subprocess
@@ -172,7 +173,13 @@ def test_postscript_starts_no_program(tmp_path: Path) -> None:
     for number, data in enumerate(files):
         (tmp_path / f"{number}.png").write_bytes(data)
     command = [sys.executable, "-c", STARTED, *(str(tmp_path / f"{number}.png") for number in range(3))]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    found_first = dict(os.environ) | {"PATH": f"{ghostscript.parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(command, env=found_first, capture_output=True, text=True, timeout=60)
+    assert not (tmp_path / "started").exists()
     assert result.stdout.splitlines() == ["refused []"] * 3, result.stderr
 
 
