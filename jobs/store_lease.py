@@ -180,7 +180,9 @@ def vouch(connection: Connection, claim: Claim | Unanswered) -> bool:
     """Take back what the sweep thought of a lost lease: its worker lives, so the job did not crash it."""
     if release(connection, claim, wait_s=0.0, reason=None, suspect=False, saved_key=None):
         return True  # no sweep came yet; the next one would have suspected it after all
-    cleared: dict[str, Any] = {"solo_crashes": job.c.solo_crashes - 1} if claim.suspect else {"suspect": False}
+    # A suspect's claim counted one; a job that has none to give back was no suspect before this lease expired.
+    alone = job.c.solo_crashes > 0
+    cleared = {"suspect": alone, "solo_crashes": sa.case((alone, job.c.solo_crashes - 1), else_=0)}
     mine = sa.and_(job.c.id == claim.job_id, is_in(State.queued), job.c.lease_token == claim.token, _suspect)
     return connection.execute(sa.update(job).where(mine).values(lease_token=None, **cleared)).rowcount == 1
 

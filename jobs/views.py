@@ -88,7 +88,6 @@ class Unanswered:
 
     job_id: UUID
     token: UUID
-    suspect: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ def finish(lease: Lease, outputs: Sequence[Output], outside: Outside) -> None:
     is away that goes on until the lease runs out, for the picture is drawn and stored already.
     """
     claim, began = lease.claim, outside.clock()
+    # From the first attempt on they may be visible, whatever is raised from now on: nobody may remove them.
+    stored, lease.stored = lease.stored, []
     for tries, wait_s in enumerate(chain(outside.back_off_s, repeat(outside.back_off_s[-1]))):
         # A heartbeat that got through meanwhile tells that the trouble is this statement's own.
         away = lease.trusted_since <= began and outside.clock() < began + outside.patience_s
@@ -128,6 +130,7 @@ def finish(lease: Lease, outputs: Sequence[Output], outside: Outside) -> None:
         with suppress(Interrupted):
             lease.pause(wait_s)
     if not shown:
+        lease.stored = stored
         raise lease.reason or CancelAsked("cancelled, or the lease lost, before it was shown")
     log.info("job %s: succeeded, %d images", claim.job_id, len(outputs))
 
@@ -143,7 +146,6 @@ def settle(lease: Lease, error: BaseException, outside: Outside, lose: Callable[
     match error:
         case OutcomeUnknown():
             lose(claim)
-            useless = []  # they may be visible
             log.error("job %s: the database did not say whether it is finished: %s", claim.job_id, error)
         case LeaseLost():
             lose(claim)

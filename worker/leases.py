@@ -17,7 +17,7 @@ MOST_LOST, VOUCHED_AT_ONCE = 1000, 20
 @dataclass(slots=True)
 class Lease:
     """One held claim. ``trusted_since``: a monotonic time *before* the statement that last extended it; ``stored``:
-    the keys of the objects that may have been uploaded under it; ``drawn``: the engine is done with it."""
+    the keys of the objects under it that may be there and that no row names; ``drawn``: the engine is done with it."""
 
     claim: Claim
     trusted_since: float

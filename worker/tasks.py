@@ -85,6 +85,8 @@ def claimed(job_id: str, deps: Deps) -> Iterator[Lease | None]:
         yield None
         return
     with deps.solitude.alone() as entered:
+        if entered:
+            deps.uploads.join()  # those are held as well: a crash would take them along
         yield claim(id, deps, alone=True) if entered else None
 
 
@@ -96,7 +98,7 @@ def claim(job_id: UUID, deps: Deps, *, alone: bool) -> Lease | None:
         claim = deps.store.claim(job_id, deps.worker_id, lease_s=deps.lease_s, alone=alone, token=token)
     except BaseException:
         # It may be ours all the same: it is given back before its lease makes a suspect of it.
-        deps.leases.lose(Unanswered(job_id, token, alone))
+        deps.leases.lose(Unanswered(job_id, token))
         raise
     if claim is None:
         return None

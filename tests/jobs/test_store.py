@@ -16,7 +16,7 @@ from jobs.models import MAX_ATTEMPTS, MAX_SOLO_CRASHES, job
 from jobs.spec import JobSpec
 from jobs.states import TRANSITIONS, State, sources
 from jobs.store import Store
-from jobs.views import Beat, Claim, Output, Sweep
+from jobs.views import Beat, Claim, Output, Sweep, Unanswered
 
 SPEC = JobSpec(prompt="a red star", steps=4)
 EXPIRED_S = -1.0  # a lease that is over when it begins: no test has to wait for one
@@ -197,6 +197,15 @@ def test_a_worker_that_lost_its_lease_but_lives_takes_the_suspicion_back(store: 
     assert store.vouch(alone)
     assert (store.get(alone.job_id).solo_crashes, store.is_suspect(alone.job_id)) == (0, True)
     assert not store.vouch(alone)
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+def test_a_worker_without_an_answer_takes_back_just_what_the_claim_made_of_the_job(store: Store, suspect: bool) -> None:
+    """It cannot know whether the job that it wanted for itself was a suspect still."""
+    job_id = lost(store).job_id if suspect else submitted(store)
+    unanswered = Unanswered(job_id, lost(store, job_id, alone=True).token)
+    assert store.vouch(unanswered)
+    assert (store.get(job_id).suspect, store.get(job_id).solo_crashes) == (suspect, 0)
 
 
 def test_a_worker_that_vouches_before_the_sweep_gives_the_job_back(store: Store) -> None:

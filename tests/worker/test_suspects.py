@@ -4,12 +4,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
 
 from jobs import Settings, State
-from jobs.storage import open_storage
+from jobs.storage import DirStorage, open_storage
 from jobs.store import Store
 from jobs.views import JobView
 from sd_engine import Request
@@ -19,6 +20,7 @@ from tests.worker.test_tasks import World, objects, store, submit
 from worker.engine_thread import Pixels
 from worker.heartbeat import Heartbeat
 from worker.reasons import Draining, LeaseLost
+from worker.tasks import render
 
 __all__ = ["store"]  # the fixture
 
@@ -63,6 +65,35 @@ def test_a_suspect_is_drawn_while_nothing_else_is(store: Store, make_world: Call
         pass
     assert {store.get(job.id).state for job in [*others, suspect]} == {State.succeeded}
     assert {frozenset(pack) for pack in packs if 99 in pack} == {frozenset({99})}
+
+
+def test_a_suspect_waits_until_its_neighbours_are_stored(store: Store, make_world: Callable[..., World]) -> None:
+    """They are held until then, and would be lost with it."""
+    world, neighbour, suspect = make_world(), submit(store), submit(store)
+    make_suspect(store, suspect)
+    storing, go_on, held = threading.Event(), threading.Event(), list[int]()
+
+    class Slow(DirStorage):
+        def put(self, key: str, data: bytes, content_type: str) -> None:
+            if str(neighbour.id) in key:
+                storing.set()
+                wait(go_on)
+            else:
+                held.append(len(world.leases.held()))
+            super().put(key, data, content_type)
+
+    assert isinstance(world.deps.storage, DirStorage)
+    deps = replace(world.deps, outside=replace(world.deps.outside, storage=Slow(world.deps.storage._root)))
+    render(str(neighbour.id), deps)
+    wait(storing)
+    second = threading.Thread(target=render, args=(str(suspect.id), deps), daemon=True)
+    second.start()
+    second.join(0.1)  # a moment in which it could be claimed is all the evidence there is
+    assert store.get(suspect.id).state is State.queued
+    go_on.set()
+    second.join(PATIENCE_S)
+    assert {store.get(job.id).state for job in (neighbour, suspect)} == {State.succeeded}
+    assert held == [1]
 
 
 def test_a_step_that_breaks_for_many_sends_all_back_uncharged_and_only_the_culprit_fails(

@@ -289,6 +289,43 @@ def test_when_the_database_never_answers_the_objects_stay(world: World, store: S
     assert objects(storage) == [image.key for image in store.get(job.id).images]
 
 
+class Exits(Store):
+    """The database shows the images, and no answer is ever heard: the thread is told to end."""
+
+    def finish(self, *args: object) -> bool:
+        super().finish(*args)  # type: ignore[arg-type]
+        raise SystemExit
+
+
+class RunsOutOfMemory(DirStorage):
+    """Fails to remove the first object."""
+
+    failures = 1
+
+    def delete(self, key: str) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise MemoryError
+        super().delete(key)
+
+
+@pytest.mark.parametrize("broken", ["answer", "tidying"])
+def test_images_that_are_shown_stay_whatever_is_raised_afterwards(
+    world: World, store: Store, storage: Storage, broken: str
+) -> None:
+    job = submit(store)
+    before = store.claim(job.id, "host:0:leaving")
+    assert isinstance(storage, DirStorage) and before is not None
+    store.release(before, saved_key=f"saved/{job.id}/{before.token}.safetensors")
+    if broken == "answer":
+        world.render(job, store=Exits(store.engines))
+    else:
+        world.render(job, storage=RunsOutOfMemory(storage._root))
+    done = store.get(job.id)
+    assert done.state is State.succeeded
+    assert objects(storage) == [image.key for image in done.images]
+
+
 def test_nothing_that_happens_inside_leaves_the_task(world: World, store: Store) -> None:
     class Away(Store):
         def claim(self, *args: object, **options: object) -> None:
