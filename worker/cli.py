@@ -179,7 +179,14 @@ def _work(
     _leave(code)
 
 
+def _need_torch() -> None:
+    """The process that needs torch is another one: its log would tell what is missing, one step away."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError("torch is not installed", name="torch")
+
+
 def _supervise(device: str, params: Mapping[str, Any]) -> int:
+    _need_torch()
     from worker.supervisor import Supervisor
 
     commands = [child_command(name, params) for name in _devices(device)]
@@ -227,9 +234,7 @@ def child_command(device: str, params: Mapping[str, Any]) -> Sequence[str]:
 def demo(context: click.Context, /, home: Path | None, as_json: bool) -> None:
     """The main job in a minute: submit different jobs, render them together, store them, show them on one sheet."""
     with told_in_a_sentence():
-        # The worker that needs torch is another process: its log would tell what is missing, one file away.
-        if find_spec("torch") is None:
-            raise ModuleNotFoundError("torch is not installed", name="torch")
+        _need_torch()
         from worker.demo import new_home, run_demo
 
         # A killed demo must not leave its worker behind: SIGTERM ends it like Ctrl-C does, through its clean-up.
