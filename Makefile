@@ -15,6 +15,9 @@ SEEDS ?= 20
 SEED ?=
 ACKS_LATE ?= 1
 FAULT_PROCESSES ?= 4
+# Of `make soak`.
+MINUTES ?= 30
+JOBS ?= 10000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,10 +29,10 @@ CHECKED := jobs sd_engine worker migrations tests benchmarks
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow faults parity audit check format train-mini clean
+.PHONY: help .venv demo test test-slow faults faults-mutations soak figures parity audit check format train-mini clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv: $(STAMP)  ## the environment, made when missing or stale
 
@@ -55,6 +58,16 @@ test-slow: $(STAMP)  ## the slow tests only
 faults: $(STAMP)  ## every fault of the table, SEEDS=20 times each; ACKS_LATE=0: bells acked early; SEED=7: one again
 	@$(BIN)/python -m pytest -q -n $(FAULT_PROCESSES) --dist worksteal tests/faults --acks-late $(ACKS_LATE) \
 		$(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(PYTEST_FLAGS)
+
+faults-mutations: $(STAMP)  ## break our own code in one way after the other, and see which rows notice
+	@$(BIN)/python -m tests.faults.mutate --report benchmarks/results/fault_mutations.json
+
+soak: $(STAMP)  ## row 53 at length: MINUTES=30 JOBS=10000 SEED=1
+	@SOAK_MINUTES=$(MINUTES) SOAK_JOBS=$(JOBS) SOAK_REPORT=benchmarks/results/soak.json \
+		$(BIN)/python -m pytest -q -s tests/faults/test_soak.py --seed $(or $(SEED),1)
+
+figures: $(STAMP)  ## how fast the queue is, how soon it notices a dead worker, what its promise costs
+	@$(BIN)/python -m benchmarks.queue_figures
 
 parity: $(STAMP)  ## full-size SD 1.5 and 2.1 models beside the reference's: a table of differences
 	@$(BIN)/python -m benchmarks.parity

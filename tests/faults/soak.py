@@ -23,8 +23,10 @@ from tests.faults.s3_stub import FaultyS3
 FAILPOINT = "after_finish_commit:raise@p=0.01;heartbeat:raise@p=0.01;before_claim_commit:raise@p=0.005"
 #: Jobs that a worker holds at once, so the most that one loss of it may let be computed again.
 HELD = 8
-#: Of so many jobs one is poison, one is cancelled.
-POISON_IN, CANCELLED_IN = 1000, 40
+#: Of so many jobs one is poison.
+POISON_IN = 1000
+#: Jobs submitted together, of which half are cancelled in the next second.
+CANCEL_AMONG = 12
 SAMPLE_S = 5.0
 
 
@@ -48,7 +50,7 @@ class Life:
     def lasted_s(self) -> float:
         return self.samples[-1].age_s
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, Any]:
         """The medians of its first and last minute, or thirds when it was shorter; the first seconds are its start."""
         settled = [sample for sample in self.samples if sample.age_s >= SAMPLE_S] or self.samples
         share = max(1, min(round(60 / SAMPLE_S), len(settled) // 3))
@@ -57,6 +59,7 @@ class Life:
             "lasted_s": round(self.lasted_s),
             "rss_mb_start": round(median(sample.rss_mb for sample in first), 1),
             "rss_mb_end": round(median(sample.rss_mb for sample in last), 1),
+            "rss_mb_by_tenths": [round(settled[i * (len(settled) - 1) // 10].rss_mb, 1) for i in range(11)],
             "threads_start": round(median(sample.threads for sample in first)),
             "threads_end": round(median(sample.threads for sample in last)),
         }
@@ -163,11 +166,10 @@ class Chaos:
         self._storage.heal()
 
     def cancel(self) -> None:
-        """Some of the last jobs, whatever they are doing."""
-        late = self._night.jobs[-200:]
-        for job in self._rng.sample(late, min(len(late), max(1, len(late) // CANCELLED_IN))):
-            if job.spec.prompt.startswith("poison"):
-                continue  # how that one ends is another promise
+        """Some jobs that were submitted a moment ago, whatever they are doing."""
+        fresh = self._night.submit(CANCEL_AMONG, steps=80)
+        for job in self._rng.sample(fresh, CANCEL_AMONG // 2):
+            time.sleep(self._rng.uniform(0.0, 0.1))
             try:
                 self._night.client.cancel(job.id)
             except JobConflict:
