@@ -26,6 +26,12 @@ from jobs.redaction import check_authority, shown_url
 BUSY_TIMEOUT_S = 20.0
 #: A writer thread waits for this process's own writer connection; above the busy timeout, so that gives up first.
 POOL_TIMEOUT_S = 30.0
+#: On PostgreSQL it waits for one of a few connections: shorter than a lease less a beat, so that a heartbeat that got
+#: none tries again in time.
+POSTGRES_POOL_TIMEOUT_S = 10.0
+#: libpq's. A server whose machine vanished closes no connection: by the system's own rules an answer would be waited
+#: for from a quarter of an hour to hours. Seconds, but for the last: milliseconds.
+_NOTICE_SILENCE = {"keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": 15_000}
 
 
 class db_now(FunctionElement[Any]):
@@ -117,10 +123,12 @@ def open_engines(database_url: str) -> Engines:
         engine = sa.create_engine(
             url,
             pool_pre_ping=True,
+            pool_timeout=POSTGRES_POOL_TIMEOUT_S,
             hide_parameters=True,
             connect_args={
                 "connect_timeout": 5,
-                "options": "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
+                "options": "-c statement_timeout=15s -c lock_timeout=10s -c idle_in_transaction_session_timeout=10s",
+                **_NOTICE_SILENCE,
             },
         )
     except ModuleNotFoundError:

@@ -1,4 +1,7 @@
-"""Extends the leases of this worker, hears of lost and cancelled jobs, and stops trusting old leases by itself."""
+"""Extends the leases of this worker, hears of lost and cancelled jobs, and stops trusting old leases by itself.
+
+Three threads: a database may hang in each of the two that ask it, and neither may keep the others from their time.
+"""
 
 import logging
 import time
@@ -40,14 +43,8 @@ class Heartbeat(Periodic):
         self._next_beat = 0.0
 
     def tick(self) -> float:
-        held = self._leases.held()
-        if held:
-            try:
-                self._beat_or_poll()
-            finally:
-                # Also, and above all, when the database did not answer.
-                self._leases.fence(self._clock() - self._lease_s)
-        self._leases.vouch_for_lost(self._store.vouch)
+        if self._leases.held():
+            self._beat_or_poll()
         return self._poll_s
 
     def _beat_or_poll(self) -> None:
@@ -70,3 +67,29 @@ class Heartbeat(Periodic):
             self._leases.interrupt(token, CancelAsked("cancelled by request"))
         for token in held.keys() - beat.held - beat.cancelled:
             self._leases.interrupt(token, LeaseLost("the lease was taken over or ended"))
+
+
+class Fence(Periodic):
+    """Interrupts what was not extended for the length of a lease, whatever the database does meanwhile."""
+
+    def __init__(
+        self, leases: Leases, *, lease_s: float, look_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__("fence")
+        self._leases, self._lease_s, self._look_s, self._clock = leases, lease_s, look_s, clock
+
+    def tick(self) -> float:
+        self._leases.fence(self._clock() - self._lease_s)
+        return self._look_s
+
+
+class Voucher(Periodic):
+    """Tells the database of lost claims that their worker lives; each may take as long as a beat."""
+
+    def __init__(self, store: Store, leases: Leases, *, look_s: float) -> None:
+        super().__init__("voucher", after_error_s=look_s)
+        self._store, self._leases, self._look_s = store, leases, look_s
+
+    def tick(self) -> float:
+        self._leases.vouch_for_lost(self._store.vouch)
+        return self._look_s

@@ -3,15 +3,14 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from uuid import UUID
 
 from jobs.views import Claim, Unanswered
 from worker.reasons import Interrupted, LeaseLost
 
-#: While the database is away each bell leaves a claim without an answer. The heartbeat that tells of them must not be
-#: late for the leases that are held; those that are forgotten here wait for their lease.
-MOST_LOST, VOUCHED_AT_ONCE = 1000, 20
+#: While the database is away each bell leaves a claim without an answer. Those that are forgotten here wait for their
+#: lease.
+MOST_LOST = 1000
 
 
 @dataclass(slots=True)
@@ -75,10 +74,9 @@ class Leases:
             self._lost[claim.token] = claim
 
     def vouch_for_lost(self, tell: Callable[[Claim | Unanswered], object]) -> None:
-        """Tell the database of a few lost claims; the others, and those for which it does not answer, wait for the
-        next time."""
+        """Tell the database of each lost claim; those for which it does not answer stay for the next time."""
         with self._lock:
-            lost = list(islice(self._lost.values(), VOUCHED_AT_ONCE))
+            lost = list(self._lost.values())
         for claim in lost:
             tell(claim)
             with self._lock:

@@ -23,7 +23,8 @@ class Liveness(Periodic):
 
     ``waiting``: bells of our models in the broker that nobody took; it raises when the broker is away, which is no
     fault of ours. An idle consumer is given a bell at once, so bells that lie there for ``patience_s``, while no task
-    runs or has begun and rows could be claimed, are proof enough.
+    runs or has begun and rows could be claimed, are proof enough. ``held``: jobs that would be lost with the process,
+    for their pictures still wait for the storage.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class Liveness(Periodic):
         models: tuple[str, ...],
         *,
         patience_s: float,
+        held: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         exit: Callable[[int], None] = os._exit,
     ) -> None:
         super().__init__("liveness", after_error_s=patience_s / 10)
         self._store, self._slots, self._waiting, self._models = store, slots, waiting, models
-        self._patience_s, self._clock, self._exit = patience_s, clock, exit
+        self._patience_s, self._held, self._clock, self._exit = patience_s, held, clock, exit
         self._deaf_since: float | None = None
         self._begun = -1
 
@@ -54,7 +56,7 @@ class Liveness(Periodic):
     def _is_idle(self) -> bool:
         begun, before = self._slots.begun, self._begun
         self._begun = begun
-        return begun == before and not self._slots.busy() and not self._slots.closed
+        return begun == before and not self._slots.busy() and not self._held() and not self._slots.closed
 
     def _leave_if_rows_wait(self) -> None:
         if self._store.claimable(self._models):

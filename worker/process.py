@@ -18,7 +18,7 @@ from worker.app import Consumer, is_embedded, make_app, register, stop_consuming
 from worker.delivery import Outside
 from worker.drain import Drain, DrainSteps
 from worker.engine_thread import EngineThread, Workshop
-from worker.heartbeat import Heartbeat
+from worker.heartbeat import Fence, Heartbeat, Voucher
 from worker.leases import Leases
 from worker.lifeline import Lifeline
 from worker.liveness import Liveness, patience_for
@@ -164,7 +164,11 @@ class _Worker:
     def _deps(self, workshop: Workshop) -> Deps:
         return Deps(
             outside=Outside(
-                self._store, self._storage, patience_s=self._options.patience_s, snooze_s=self._options.snooze_s
+                self._store,
+                self._storage,
+                patience_s=self._options.patience_s,
+                snooze_s=self._options.snooze_s,
+                png_parameters=self._settings.png_parameters,
             ),
             engine=self._engine,
             leases=self._leases,
@@ -201,11 +205,20 @@ class _Worker:
             poll_s=options.poll_s,
             step_moves=watchdog.step_moves,
         )
-        liveness = Liveness(store, self._slots, waiting, workshop.models, patience_s=patience_for(options.lease_s))
+        liveness = Liveness(
+            store,
+            self._slots,
+            waiting,
+            workshop.models,
+            patience_s=patience_for(options.lease_s),
+            held=self._uploads.inside,
+        )
         threads: list[Periodic] = [
             Sweeper(store, self._pace.sweep_s),
             ringer,
             heartbeat,
+            Fence(self._leases, lease_s=options.lease_s, look_s=options.poll_s),
+            Voucher(store, self._leases, look_s=options.poll_s),
             watchdog,
             liveness,
             Means(self._release_all),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
+import psycopg
 import sqlalchemy as sa
 
 from jobs import schema
@@ -120,3 +123,19 @@ def test_threads_that_upgrade_together_take_turns(database_url: str) -> None:
     for store in stores:
         schema.ensure(store.engines)
         store.close()
+
+
+def test_a_server_whose_machine_vanished_is_noticed_within_a_lease(postgres_url: str) -> None:
+    """No packet tells of it; by the system's own rules a heartbeat would wait for hours, and its leases be lost."""
+    store = Store.open(postgres_url)
+    with store.engines.writer.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        with socket.socket(fileno=os.dup(driver.fileno())) as wire:
+            names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            idle_s, every_s, times, unanswered_ms = (
+                wire.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names
+            )
+            assert wire.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    store.close()
+    assert max(idle_s + every_s * times, unanswered_ms / 1000) < 20

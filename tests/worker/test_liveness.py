@@ -15,7 +15,7 @@ from worker.slots import Slots
 
 class World:
     def __init__(self, store: Store) -> None:
-        self.store, self.clock, self.codes, self.bells = store, Clock(), list[int](), 1
+        self.store, self.clock, self.codes, self.bells, self.held = store, Clock(), list[int](), 1, 0
         self.slots = Slots(2, forget_s=60, clock=self.clock)
         self.liveness = Liveness(
             store,
@@ -23,6 +23,7 @@ class World:
             self.waiting,
             ("nightshift-mini",),
             patience_s=60,
+            held=lambda: self.held,
             clock=self.clock,
             exit=self.codes.append,
         )
@@ -72,6 +73,15 @@ def test_a_busy_worker_stays(world: World) -> None:
     with world.slots.take("a long job"):
         world.pass_(600)
     assert world.codes == []
+
+
+def test_a_deaf_worker_stays_until_its_pictures_are_stored(world: World) -> None:
+    world.held = 3
+    world.pass_(600)
+    assert world.codes == []
+    world.held = 0
+    world.pass_(70)
+    assert world.codes == [NOT_CONSUMING]
 
 
 def test_a_broker_that_is_away_is_no_reason_to_leave(world: World) -> None:

@@ -18,7 +18,7 @@ from tests.fakes import FakeEngine, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Gate, wait
 from tests.worker.test_tasks import World, objects, store, submit
 from worker.engine_thread import Pixels
-from worker.heartbeat import Heartbeat
+from worker.heartbeat import Voucher
 from worker.reasons import Draining, LeaseLost
 from worker.tasks import render
 
@@ -137,7 +137,7 @@ def test_a_worker_that_lost_a_lease_and_lives_takes_the_suspicion_back(
         assert store.get(job.id).suspect
         world.leases.interrupt(lease.claim.token, LeaseLost("the clock of the lease ran out"))
         gate.opened.set()
-    Heartbeat(store, world.leases, world.deps.worker_id, lease_s=30, beat_s=10, poll_s=1).tick()
+    Voucher(store, world.leases, look_s=1).tick()
     after = store.get(job.id)
     assert (after.state, after.attempts, after.suspect) == (State.queued, 0, False)
     assert objects(world.deps.storage) == []
