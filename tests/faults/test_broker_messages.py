@@ -54,7 +54,7 @@ def test_row_18_no_bell_is_dropped_without_a_word_because_bindings_are_gone(nigh
     broker.flushall()
     night.submit(4)
     assert depth(broker) == 4, "kombu drops what it finds no binding for"
-    worker = night.worker().ready()
+    worker = night.worker(**BELLS).ready()
     night.wait_ended()
     print(check(night, broker=True))
     worker.stop()

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import Client, State
 from jobs.bell import ANSWER_S
-from tests.faults.brokers import depth, look, proxied, seconds
+from tests.faults.brokers import BELLS, depth, look, proxied, seconds
 from tests.faults.harness import SLACK_S, Night
 from tests.faults.proxy import TcpProxy
 
@@ -70,7 +70,7 @@ def test_row_16_a_night_of_submits_is_not_held_up_by_a_broker_that_answers_nothi
     proxy.stall()
     assert seconds(lambda: night.jobs.extend(producer.submit(spec) for spec in night.specs(30))) < 2 * BOUND_S
     proxy.pass_all()
-    worker = night.worker().ready()
+    worker = night.worker(**BELLS).ready()
     night.wait_ended()
     worker.stop()
 

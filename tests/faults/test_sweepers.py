@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from jobs import State
 from jobs.db import db_now
 from jobs.models import job as job_table
+from jobs.spec import JobSpec
 from jobs.store import Store
 from tests.faults.brokers import BELLS, again_and_again, depth, look, pauses, unacked
 from tests.faults.checker import check, held
@@ -67,7 +68,7 @@ def test_row_43_an_expired_lease_is_taken_back_by_one_of_many_sweepers(night: Ni
 @pytest.mark.fault_slice
 def test_row_43_nobody_rings_for_a_row_that_another_has_just_rung_for(night: Night) -> None:
     """3 ringers at once, many rows whose bell is old"""
-    jobs = [*night.submit(1), *night.store.submit([night.jobs[0].spec] * 100)]
+    jobs = night.store.submit([JobSpec(prompt="x")] * 100)
     limit = night.rng.randrange(5, 40)
 
     def ring(store: Store) -> list[UUID]:
