@@ -34,6 +34,7 @@ ENV PATH=/opt/nightshift/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER nightshift
 VOLUME /data
-# No HEALTHCHECK: a worker opens no port, and one that stops beating loses its leases to the others by itself.
+# No HEALTHCHECK: a worker opens no port. Its own supervisor starts again what died or hangs, and one that stops beating
+# loses its leases to the others by itself.
 ENTRYPOINT ["nightshift"]
 CMD ["worker", "--json"]

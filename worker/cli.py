@@ -35,9 +35,9 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
     raise click.BadParameter(f"{value!r} is no device; write {USABLE_DEVICES}")
 
 
-def _seconds(name: str, default: float | None, text: str) -> Callable[[Any], Any]:
+def _seconds(name: str, default: float | None, text: str, *, least: float = 0.1) -> Callable[[Any], Any]:
     return click.option(
-        f"--{name}-seconds", type=click.FloatRange(min=0.1, max=MAX_SECONDS), default=default,
+        f"--{name}-seconds", type=click.FloatRange(min=least, max=MAX_SECONDS), default=default,
         show_default=default is not None, envvar=f"NIGHTSHIFT_{name.upper().replace('-', '_')}_SECONDS", help=text,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ bell although rows waited); with --no-supervisor these are what you see."""
 @_seconds("heartbeat", None, "between two signs of life; default: a third of the lease")
 @_seconds("grace", 25.0, "after SIGTERM: finish what fits, give the rest back, leave")
 @_seconds("step-limit", None, "a step that lasts longer hangs: the process ends; default: 300, on a CPU 1800")
-@_seconds("hang-limit", 60.0, "a process without a sign of life for so long is killed and started again")
+@_seconds("hang-limit", 60.0, "a process without a sign of life for so long is killed and started again", least=5.0)
 @_seconds("storage-patience", 600.0, "how long drawn pictures wait for a storage that is away, before their job does")
 @click.option("--no-supervisor", is_flag=True, help="no process beside that starts this one again: yours does that")
 @click.option("--json", "as_json", is_flag=True, help="log JSON lines")

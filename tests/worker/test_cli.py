@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 from jobs import Settings, StorageError
 from jobs.redaction import shown_url
-from worker import THIS_WORKER
+from worker import THIS_WORKER, exit_codes
 from worker.cli import child_command, demo, worker
 from worker.logs import JsonFormatter
 from worker.preflight import open_services
@@ -99,6 +100,25 @@ def test_a_heartbeat_slower_than_its_lease_is_refused() -> None:
     answer = CliRunner().invoke(worker, ["--lease-seconds", "10", "--heartbeat-seconds", "6"])
     assert answer.exit_code == 2
     assert "--heartbeat-seconds" in answer.output and "at most half of it, 5" in answer.output
+
+
+def test_one_process_alone_drives_one_device() -> None:
+    answer = CliRunner().invoke(worker, ["--device", "all", "--no-supervisor"])
+    assert answer.exit_code == 2
+    assert "'--device'" in answer.output and "one process drives one device" in answer.output
+
+
+def test_a_hang_limit_shorter_than_the_signs_of_life_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_HANG_LIMIT_SECONDS", "1")
+    answer = CliRunner().invoke(worker, [])
+    assert answer.exit_code == 2
+    assert "'--hang-limit-seconds': 1.0 is not in the range 5.0<=x" in answer.output
+
+
+def test_help_names_every_exit_code() -> None:
+    codes = {value for name, value in vars(exit_codes).items() if name.isupper()}
+    text = CliRunner().invoke(worker, ["--help"]).output.partition("Exit codes:")[2]
+    assert {int(number) for number in re.findall(r"\d+", text)} == codes
 
 
 @pytest.mark.parametrize("command", [worker, demo])
