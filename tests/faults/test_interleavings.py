@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +167,12 @@ def check_legal(outcome: Outcome) -> None:
     assert outcome.saved_key is None or outcome.state not in TERMINAL, outcome
 
 
+def check_fenced(start: str, names: Sequence[str], outcome: Outcome) -> None:
+    """Who lost the lease before it began has changed nothing, whoever holds the job by now."""
+    answers = dict(zip(names, outcome.answers, strict=True)) if start == "swept" else {}
+    assert not any(answers.get(name) for name in ("finish", "fail", "release", "confirm")), f"{start}: {outcome}"
+
+
 class Actor:
     """Does acts with connections of its own, and stops before each statement and each commit until it may go on."""
 
@@ -260,6 +266,7 @@ def test_every_interleaving_of_two_transactions_ends_as_one_after_the_other(
         serial = {in_turn(table, start, acts, order) for order in ((0, 1), (1, 0))}
         for outcome in serial:
             check_legal(outcome)
+            check_fenced(start, names, outcome)
         for order in ORDERS:
             outcome = together(table, actors, start, acts, order)
             check_legal(outcome)
@@ -294,6 +301,7 @@ def test_every_order_of_whole_transactions_ends_legally_and_alike_on_both_databa
             acts, order = [ACTS[name] for name in names], tuple(range(len(names)))
             outcome = in_turn(file, start, acts, order)
             check_legal(outcome)
+            check_fenced(start, names, outcome)
             assert outcome == in_turn(table, start, acts, order), f"{start}: {names}"
     file.store.close()
 
