@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from jobs import Settings
 from jobs.states import State
@@ -18,6 +19,7 @@ from tests.faults.callers import notes
 from tests.faults.checker import check
 from tests.faults.harness import Night, Worker
 from tests.faults.lanes import Place, only
+from tests.faults.proxy import TcpProxy
 from tests.servers import Cluster, S3Server, postgres_cluster
 
 #: By it a terminator knows the workers' connections from the test's own.
@@ -164,6 +166,27 @@ def test_row_26_a_long_outage_makes_workers_let_go_and_nobody_pays(breakable: Ni
     assert held == set()
     assert not any(view.suspect for view in night.views().values()), "a living worker did not vouch for its jobs"
     print(check(night, duplicates=16, orphans=16))
+
+
+@only("production")
+def test_row_26_a_database_that_falls_silent_makes_workers_let_go(night: Night) -> None:
+    """PostgreSQL is a black hole for longer than the lease"""
+    night.submit(30, steps=200)
+    direct = night.settings.database_url
+    with TcpProxy(sa.make_url(direct).port or 0) as proxy:
+        behind = {"NIGHTSHIFT_DATABASE_URL": proxy.in_front(direct)}
+        workers = [night.worker(step_s=0.01, environment=behind, **LEASES).ready() for _ in range(2)]
+        night.wait_running(8)
+        proxy.stall()
+        time.sleep(1.5 * LEASES["lease_s"])
+        drawn_s = time.monotonic()
+        fenced_s = drawn_s - 0.4 * LEASES["lease_s"]
+        late = [entry for entry in night.entries("drawn") if fenced_s < entry.at_s < drawn_s]
+        assert late == [], "a worker drew on although its leases were over"
+        proxy.pass_all()
+        night.wait_ended()
+        stop_all(workers)
+    print(check(night, duplicates=32, orphans=32))
 
 
 @only("embedded")
