@@ -119,9 +119,10 @@ def _claims_once(bench: Bench, kind: str, jobs: int) -> float:
         done = [results.get() for _ in started]
         for process in started:
             process.join()
-    claimed = sum(count for count, _, _ in done)
+    claimed: int = sum(count for count, _, _ in done)
     assert claimed == jobs, f"{claimed} of {jobs} jobs were claimed"
-    return claimed / (max(end for _, _, end in done) - min(begin for _, begin, _ in done))
+    seconds: float = max(end for _, _, end in done) - min(begin for _, begin, _ in done)
+    return claimed / seconds
 
 
 def claim_some(url: str, ids: Sequence[UUID], gate: Any, results: Any) -> None:

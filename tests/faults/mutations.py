@@ -23,9 +23,11 @@ from jobs import store as store_module
 from jobs import store_lease
 from jobs.bell import TASK
 from jobs.models import Timestamp, job
+from jobs.states import State
 from jobs.store import Store
 from jobs.views import Claim, Sweep
 from sd_engine import Engine, Finished
+from worker import app as worker_app
 from worker import process, tasks
 from worker.sweeper import Ringer, Sweeper
 
@@ -36,7 +38,7 @@ def no_fencing() -> Patches:
     """finish, fail and release look at the job alone, not at whose lease it is"""
 
     def held(claim: Claim) -> sa.ColumnElement[bool]:
-        return sa.and_(job.c.id == claim.job_id, store_lease.is_in(store_module.State.running))
+        return sa.and_(job.c.id == claim.job_id, store_lease.is_in(State.running))
 
     yield patch.object(store_lease, "held", held)
     yield patch.object(store_module, "held", held)
@@ -101,7 +103,7 @@ def sweep_in_steps() -> Patches:
 
     def sweep(connection: Connection) -> Sweep:
         wanted = sa.and_(store_lease._expired(), store_lease.cancel_wanted)
-        cancelled = store_lease.end(connection, wanted, store_module.State.cancelled)
+        cancelled = store_lease.end(connection, wanted, State.cancelled)
         with patch.object(store_lease, "cancel_wanted", sa.false()):
             swept = _sweep(connection)
         return Sweep(swept.requeued, swept.failed, cancelled)
@@ -150,7 +152,7 @@ def uncapped_ringer() -> Patches:
 
 def early_ack() -> Patches:
     """a bell is acked when it is heard, before the claim"""
-    make_app = process.make_app
+    make_app = worker_app.make_app
 
     def early(*args: Any, **options: Any) -> Celery:
         return make_app(*args, **options | {"acks_late": False})
