@@ -55,8 +55,14 @@ def supervised(tmp_path: Path, code: str, hang_limit_s: float = PATIENCE_S) -> t
     """The supervisor's result and how often its child lived."""
     lives = tmp_path / "lives"
     command = [sys.executable, "-c", code, str(lives)]
-    result = Supervisor([command], grace_s=PATIENCE_S, hang_limit_s=hang_limit_s, back_off=QUICK).run()
-    return result, len(lives.read_text())
+    supervisor = Supervisor([command], grace_s=PATIENCE_S, hang_limit_s=hang_limit_s, back_off=QUICK)
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(supervisor.run()))
+    thread.start()
+    thread.join(2 * PATIENCE_S)
+    supervisor.stop()
+    assert results, f"no end after {len(lives.read_text())} lives"
+    return results[0], len(lives.read_text())
 
 
 @pytest.mark.parametrize("code", [HANGS_ONCE, STOPS_ONCE])
