@@ -8,8 +8,10 @@ import random
 import sqlite3
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Engine
@@ -135,7 +137,15 @@ def open_engines(database_url: str) -> Engines:
         raise SettingsError(
             "NIGHTSHIFT_DATABASE_URL names PostgreSQL, whose driver is missing: pip install 'nightshift[postgres]'"
         ) from None
+    _teach_types(engine.dialect.dbapi)
     return Engines(engine, engine)
+
+
+def _teach_types(psycopg: Any) -> None:
+    """psycopg knows most types by name until the first value comes; then it puts the class in the name's place, in two
+    steps, and a thread that asks between them is told "cannot adapt type 'UUID'". So all come first, from here."""
+    for known in (UUID, datetime):
+        psycopg.adapters.get_dumper(known, psycopg.adapt.PyFormat.AUTO)
 
 
 def _sqlite_engines(url: URL) -> Engines:
