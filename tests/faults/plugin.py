@@ -31,9 +31,15 @@ def seeds(config: pytest.Config) -> Iterable[int]:
     return [one] if one is not None else range(1, (many or 1) + 1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault_seeds(n): a row that takes long; only so many seeds of `--seeds`")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames and metafunc.definition.path.is_relative_to(FOLDER):
-        metafunc.parametrize("seed", seeds(metafunc.config), ids=lambda seed: f"seed{seed}")
+        few = metafunc.definition.get_closest_marker("fault_seeds")
+        chosen = list(seeds(metafunc.config))[: few.args[0] if few else None]
+        metafunc.parametrize("seed", chosen, ids=lambda seed: f"seed{seed}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

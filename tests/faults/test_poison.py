@@ -86,6 +86,7 @@ def test_row_39_a_step_that_hangs_ends_the_process(night: Night) -> None:
 
 
 @only("embedded")
+@pytest.mark.fault_seeds(5)
 def test_row_39_a_process_that_hangs_is_ended_by_its_supervisor(night: Night) -> None:
     """a step that never returns, and holds the interpreter"""
     guilty = with_innocents(night, "spins")
