@@ -15,10 +15,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 HIDDEN = "***"
 #: A shorter value is no secret that anybody can keep, and hiding it would tear words apart.
 SHORTEST = 4
+#: Of the id of a key, which is no secret and may be a common word; AWS's own have 20 characters.
+SHORTEST_ID = 16
 
 _URLS = ("NIGHTSHIFT_DATABASE_URL", "NIGHTSHIFT_BROKER_URL", "NIGHTSHIFT_STORAGE_URL", "AWS_ENDPOINT_URL",
          "AWS_ENDPOINT_URL_S3", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")  # fmt: skip
-_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD", "HF_TOKEN",
+_IDS = ("AWS_ACCESS_KEY_ID",)
+_KEYS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PGPASSWORD", "HF_TOKEN",
          "HUGGING_FACE_HUB_TOKEN")  # fmt: skip
 _SECRET_NAME = r"(?:password|passwd|pwd|secret|token|credential|signature|sslkey|access_key)"
 # Greedy up to the last @ of the word: a password may have an @, a / or a # that nobody escaped.
@@ -28,7 +31,7 @@ _QUERY = re.compile(rf"([?&;][\w-]*{_SECRET_NAME}[\w-]*=)[^\s&;'\"]+", re.IGNORE
 
 def hide(text: str) -> str:
     """The text without passwords of URLs, and without any secret that this process got from its environment."""
-    for secret in _secrets_of(tuple(os.environ.get(name, "") for name in (*_URLS, *_KEYS))):
+    for secret in _secrets_of(tuple(os.environ.get(name, "") for name in (*_URLS, *_IDS, *_KEYS))):
         text = text.replace(secret, HIDDEN)
     return _QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1:{HIDDEN}@", text))
 
@@ -36,8 +39,13 @@ def hide(text: str) -> str:
 @lru_cache(maxsize=8)
 def _secrets_of(values: tuple[str, ...]) -> tuple[str, ...]:
     """The longest first: one secret may be a part of another."""
-    urls, keys = values[: len(_URLS)], values[len(_URLS) :]
-    found = {*keys, *(secret for url in urls for secret in secrets_in(url))}
+    urls, rest = values[: len(_URLS)], values[len(_URLS) :]
+    ids, keys = rest[: len(_IDS)], rest[len(_IDS) :]
+    found = {
+        *keys,
+        *(id for id in ids if len(id) >= SHORTEST_ID),
+        *(secret for url in urls for secret in secrets_in(url)),
+    }
     return tuple(sorted((secret for secret in found if len(secret) >= SHORTEST), key=len, reverse=True))
 
 
