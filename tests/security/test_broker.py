@@ -156,6 +156,8 @@ def test_a_thousand_messages_of_noise_are_dropped_and_the_worker_goes_on(
         with Client(settings) as client:
             assert sum(client.counts().values()) == 1, "no message makes a job"
         stop(worker, log)
+    text = log.read_text()
+    assert "ended by itself" not in text and "Connection to broker lost" not in text, "noise interrupts nobody"
 
 
 def test_nobody_can_command_a_worker_through_the_broker(
