@@ -141,6 +141,7 @@ def settle(lease: Lease, error: BaseException, outside: Outside, lose: Callable[
     ``lose`` is told of a claim whose lease ran out, or may: the database must hear that its worker lives.
     """
     claim, store = lease.claim, outside.store
+    # Only to be removed once the row has let go of it: whoever holds the job after us goes on from there.
     saved_before = [claim.saved_key] if claim.saved_key else []
     useless = [*lease.stored]
     match error:
@@ -158,16 +159,16 @@ def settle(lease: Lease, error: BaseException, outside: Outside, lose: Callable[
             log.info("job %s: %s", claim.job_id, error)
         case Draining():
             saved_key = save(claim, error.saved, outside)
-            again(lambda: store.release(claim, saved_key=saved_key), outside)
-            useless += saved_before if saved_key else []
+            released = again(lambda: store.release(claim, saved_key=saved_key), outside)
+            useless += saved_before if released and saved_key else []
             log.info("job %s: released: %s", claim.job_id, error)
         case StepBroke():
             reason = describe(error.__cause__ or error)
             again(lambda: store.release(claim, suspect=True, reason=reason), outside)
             log.error("job %s: to be drawn alone, for a step of many broke: %s", claim.job_id, reason)
         case Unusable() | InvalidRequest() | WeightsError() | InvalidKey() | KeyNotFound():
-            again(lambda: store.fail(claim, describe(error), retry=False), outside)
-            useless += saved_before
+            ended = again(lambda: store.fail(claim, describe(error), retry=False), outside)
+            useless += saved_before if ended else []
             log.warning("job %s: failed for good: %s", claim.job_id, describe(error))
         case StorageError():
             again(lambda: store.release(claim, wait_s=outside.snooze_s, reason=describe(error)), outside)
@@ -175,7 +176,7 @@ def settle(lease: Lease, error: BaseException, outside: Outside, lose: Callable[
         case _:
             trace = "".join(traceback.format_exception(error))
             state = again(lambda: store.fail(claim, describe(error), retry=True, traceback=trace), outside)
-            useless += saved_before
+            useless += saved_before if state else []
             log.error("job %s: attempt %d failed, now %s", claim.job_id, claim.attempt, state, exc_info=error)
     delete(useless, claim, outside.storage)
 

@@ -143,6 +143,29 @@ def test_a_worker_that_lost_a_lease_and_lives_takes_the_suspicion_back(
     assert objects(world.deps.storage) == []
 
 
+@pytest.mark.parametrize("ends", ["broken", "drained"])
+def test_saved_rows_stay_for_whoever_took_the_job_over(
+    store: Store, make_world: Callable[..., World], ends: str
+) -> None:
+    gate, job = Gate(), submit(store, steps=5, prompt="a broken row" if ends == "broken" else "a star")
+    world = make_world(gate)
+    leaving = store.claim(job.id, "host:0:leaving")
+    assert leaving is not None
+    key = f"saved/{job.id}/{leaving.token}.safetensors"
+    world.deps.storage.put(key, b"its rows", "application/octet-stream")
+    store.release(leaving, saved_key=key)
+    with rendering(world, job):
+        wait(gate.reached)
+        (lease,) = world.leases.held().values()
+        assert store.release(lease.claim), "the lease is lost, and the job back in the queue"
+        if ends == "drained":
+            world.leases.interrupt(lease.claim.token, Draining("the worker ends", b"its later rows"))
+        gate.opened.set()
+    after = store.claim(job.id, "host:2:next")
+    assert after is not None and after.saved_key == key
+    assert world.deps.storage.exists(key)
+
+
 def test_a_drained_job_goes_on_from_its_saved_rows(store: Store, make_world: Callable[..., World]) -> None:
     gate = Gate()
     first, job = make_world(gate), submit(store, steps=5)
