@@ -11,12 +11,12 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -30,6 +30,8 @@ from tests.faults.fake_runner import Entry, read_tally
 from tests.faults.lanes import Place
 from tests.faults.zygote import Forked
 from worker.process import Options
+
+Choice = TypeVar("Choice")
 
 #: Longest wait for what must happen; never reached when all is well.
 PATIENCE_S = 120.0
@@ -120,6 +122,10 @@ class Night:
     def store(self) -> Store:
         """Of the test itself, past every proxy."""
         return Store.open(self.settings.database_url)
+
+    def turn(self, choices: Sequence[Choice]) -> Choice:
+        """One of them; another one for the next seed, so that the seeds of a row share them out."""
+        return choices[(self.seed - 1) % len(choices)]
 
     # Jobs
 

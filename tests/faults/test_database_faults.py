@@ -28,6 +28,14 @@ NAME = "night-worker"
 LEASES = {"lease_s": 3.0, "beat_s": 0.5}
 #: None runs out here, however busy the machine is: what is drawn again is drawn because of the fault.
 LONG_LEASES = {"lease_s": 10.0, "beat_s": 0.5}
+LOST = (
+    "after_finish_commit:raise@p=0.1",
+    "after_finish_commit:raise@p=0.6",
+    "before_finish_commit:raise@p=0.3",
+    "before_claim_commit:raise@p=0.2",
+    "after_claim_commit:raise@p=0.3",
+    "heartbeat:raise@p=0.5",
+)
 
 
 @contextmanager
@@ -91,7 +99,6 @@ def stop_all(workers: list[Worker]) -> None:
 
 
 @only("production")
-@pytest.mark.fault_slice
 def test_row_23_cut_connections_lose_nothing_and_show_nothing_twice(night: Night) -> None:
     """PostgreSQL connections cut during claim, renew and commit"""
     night.submit(40, steps=30)
@@ -105,20 +112,10 @@ def test_row_23_cut_connections_lose_nothing_and_show_nothing_twice(night: Night
     print(check(night, duplicates=16, orphans=16))
 
 
-@pytest.mark.parametrize(
-    "failpoint",
-    [
-        "after_finish_commit:raise@p=0.1",
-        "after_finish_commit:raise@p=0.6",
-        "before_finish_commit:raise@p=0.3",
-        "before_claim_commit:raise@p=0.2",
-        "after_claim_commit:raise@p=0.3",
-        "heartbeat:raise@p=0.5",
-    ],
-    ids=lambda failpoint: failpoint.replace("=", "").replace(":", "-").replace("@", "-"),
-)
-def test_row_24_a_commit_whose_answer_is_lost_is_not_drawn_again(night: Night, failpoint: str) -> None:
+def test_row_24_a_commit_whose_answer_is_lost_is_not_drawn_again(night: Night) -> None:
     """the answer to a commit is lost (and: the commit itself)"""
+    failpoint = night.turn(LOST)
+    print(failpoint)
     night.submit(40)
     workers = [night.worker(failpoint=f"{failpoint},seed={night.seed + n}", **LONG_LEASES).ready() for n in range(2)]
     night.wait_ended()
@@ -126,12 +123,12 @@ def test_row_24_a_commit_whose_answer_is_lost_is_not_drawn_again(night: Night, f
     stop_all(workers)
 
 
-@pytest.mark.parametrize("lease_s", [pytest.param(3.0, marks=pytest.mark.fault_slice), 15.0])
-def test_row_25_a_short_outage_of_the_database_draws_nothing_again(
-    breakable: Night, cluster: Cluster, lease_s: float
-) -> None:
+@pytest.mark.fault_slice
+def test_row_25_a_short_outage_of_the_database_draws_nothing_again(breakable: Night, cluster: Cluster) -> None:
     """PostgreSQL stopped at once and back within the lease"""
     night = breakable
+    # The longest: for longer than a statement is tried again on its own.
+    lease_s = night.turn((4.0, 6.0, 15.0, 5.0))
     night.submit(30, steps=night.rng.randint(10, 40))
     workers = [night.worker(step_s=0.02, lease_s=lease_s, beat_s=lease_s / 6).ready() for _ in range(2)]
     night.wait_running(8)

@@ -57,8 +57,7 @@ def test_row_28_each_job_is_claimed_once_by_many_processes(night: Night) -> None
     assert {(view.state, view.attempts) for view in night.store.jobs()} == {(State.running, 1)}
 
 
-@pytest.mark.fault_slice
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.fault_slice)])
 def test_row_45_twenty_submits_with_one_key_make_one_job(night: Night, processes: int) -> None:
     """20 parallel submits with one idempotency key"""
     out = night.folder / "ids"
