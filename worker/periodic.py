@@ -1,14 +1,21 @@
 """A thread that does one small thing again and again, and survives its failures."""
 
 import logging
+import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from worker.exit_codes import BROKEN
 
 log = logging.getLogger(__name__)
 
 
 class Periodic(threading.Thread, ABC):
     """Calls ``tick`` until stopped; ``tick`` returns the seconds to wait before the next call."""
+
+    #: Ends the process; a test puts another in its place.
+    die: Callable[[int], None] = staticmethod(os._exit)
 
     def __init__(self, name: str, *, after_error_s: float = 1.0) -> None:
         super().__init__(name=name, daemon=True)
@@ -21,6 +28,14 @@ class Periodic(threading.Thread, ABC):
         """Do the work once; seconds until the next time. What it raises is logged and the thread goes on."""
 
     def run(self) -> None:
+        try:
+            self._go_on()
+        except BaseException:
+            # A worker without its heartbeat, its fence or its sweeper would seem to live, and be wrong for ever.
+            log.critical("the thread %s died; the process leaves", self.name, exc_info=True)
+            self.die(BROKEN)
+
+    def _go_on(self) -> None:
         wait_s = 0.0
         while True:
             self._woken.wait(wait_s)

@@ -87,7 +87,7 @@ def claimed(job_id: str, deps: Deps) -> Iterator[Lease | None]:
     with deps.solitude.alone() as entered:
         if entered:
             deps.uploads.join()  # those are held as well: a crash would take them along
-        yield claim(id, deps, alone=True) if entered else None
+        yield claim(id, deps, alone=True) if entered and not deps.slots.closed else None
 
 
 def claim(job_id: UUID, deps: Deps, *, alone: bool) -> Lease | None:

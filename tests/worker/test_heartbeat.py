@@ -11,6 +11,7 @@ from jobs import JobSpec, Settings, State, schema
 from jobs.store import Store
 from jobs.views import Beat, Claim, Unanswered
 from tests.worker.helpers import PATIENCE_S, Clock, wait
+from worker.exit_codes import BROKEN
 from worker.heartbeat import Fence, Heartbeat, Voucher
 from worker.leases import Lease, Leases
 from worker.reasons import CancelAsked, Interrupted, LeaseLost
@@ -151,3 +152,17 @@ def test_a_job_that_was_left_to_its_lease_is_not_kept_alive_by_its_neighbours(st
     world.heartbeat.beat()
     assert store.sweep().requeued == 1
     assert store.get(neighbour.job_id).state is State.running
+
+
+def test_a_process_does_not_outlive_its_heartbeat(world: World) -> None:
+    class Dies(Store):
+        def heartbeat(self, worker_id: str, tokens: Collection[UUID], *, lease_s: float = 30.0) -> Beat:
+            raise SystemExit
+
+    world.claim()
+    codes: list[int] = []
+    heartbeat = world.beating_with(Dies(world.store.engines))
+    heartbeat.die = codes.append
+    heartbeat.start()
+    heartbeat.join(PATIENCE_S)
+    assert codes == [BROKEN]
