@@ -141,7 +141,7 @@ class Store:
 
         alone: the worker holds nothing else and will not before this one ended; only so does it get a suspect.
         token: a fresh one, made by a caller who wants to vouch for a claim whose answer never came.
-        A job whose stored spec this version cannot read fails at once, with the reason.
+        A job whose stored spec this version cannot read is left for a while to workers of another, as a failed attempt.
         """
         with self._engines.writer.begin() as connection:
             claim = store_lease.claim(connection, job_id, worker_id, token or uuid4(), lease_s, alone=alone)

@@ -21,6 +21,9 @@ from jobs.views import Beat, Claim, Due, Output, Sweep, Unanswered
 
 MAX_ERROR_CHARS = 4000
 MAX_TRACEBACK_CHARS = 20_000
+#: Until the next attempt at a job whose spec this version cannot read. Three of them last longer than it takes to
+#: replace the workers of a house, one after the other; a newer one meanwhile reads what newer producers submit.
+UNREADABLE_WAIT_S = 600.0
 
 NO_LEASE: dict[str, Any] = {"lease_expires_at": None}
 #: For a job that its own worker gave back: nothing is left that this worker could still vouch for.
@@ -84,8 +87,8 @@ def claim(
     try:
         spec = stored_spec(row.spec)
     except InvalidSpec as error:
-        mine = sa.and_(job.c.id == job_id, job.c.lease_token == token)
-        end(connection, mine, State.failed, error=f"the stored spec: {error}")
+        unread = Unanswered(job_id, token)
+        fail(connection, unread, f"the stored spec: {error}", None, retry=True, wait_s=UNREADABLE_WAIT_S)
         return None
     return Claim(job_id, token, row.attempts, spec, worker_id, row.suspect, row.saved_key)
 
@@ -118,7 +121,7 @@ def finish(connection: Connection, claim: Claim, outputs: Iterable[Output]) -> b
 
 
 def fail(
-    connection: Connection, claim: Claim, error: str, traceback: str | None, *, retry: bool, wait_s: float
+    connection: Connection, claim: Claim | Unanswered, error: str, traceback: str | None, *, retry: bool, wait_s: float
 ) -> State | None:
     """Back into the queue after `wait_s` when it may be tried again, else the end. None: the lease is lost."""
     again = sa.and_(sa.literal(retry), _attempts_left)

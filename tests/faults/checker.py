@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -27,7 +27,7 @@ import redis
 import sqlalchemy as sa
 from PIL import Image
 
-from jobs import JobView, State
+from jobs import JobSpec, JobView, State
 from jobs.models import MAX_SOLO_CRASHES
 from jobs.models import job as job_table
 from jobs.storage import Storage, open_storage
@@ -35,6 +35,8 @@ from tests.faults.fake_runner import expected_picture
 from tests.faults.harness import Night
 from worker.translate import to_requests
 
+#: In place of a spec that cannot be read.
+DUMMY = JobSpec(prompt="unreadable")
 #: Seconds that a worker has to hear and drop the last bells.
 IDLE_S = 10.0
 
@@ -103,8 +105,13 @@ def ended(night: Night, found: dict[UUID, JobView], wanted: Expected) -> Iterato
 def unchanged(night: Night, found: dict[UUID, JobView]) -> Iterator[str]:
     """I3: what was seen to have ended is still the same."""
     for id, first in night.ended.items():
-        if id in found and found[id] != first:
+        if id in found and _comparable(found[id]) != _comparable(first):
             yield f"I3: {id} changed after its end: {first} -> {found[id]}"
+
+
+def _comparable(view: JobView) -> JobView:
+    """A spec that cannot be read is an error, which equals no other."""
+    return replace(view, stored=DUMMY, error=f"{view.error} {view.unreadable}") if view.unreadable else view
 
 
 def charges(found: dict[UUID, JobView], wanted: Expected) -> Iterator[str]:
@@ -209,6 +216,6 @@ def broker_rest(night: Night) -> Iterator[str]:
 
 def _bells(broker: redis.Redis) -> dict[str, int]:
     lists = [key.decode() for key in broker.scan_iter("nightshift:render.*", _type="list")]
-    sizes = {key: int(broker.llen(key)) for key in lists}  # type: ignore[arg-type]
-    sizes["nightshift:unacked"] = int(broker.hlen("nightshift:unacked"))  # type: ignore[arg-type]
+    sizes = {key: int(broker.llen(key)) for key in lists}
+    sizes["nightshift:unacked"] = int(broker.hlen("nightshift:unacked"))
     return {name: size for name, size in sizes.items() if size}

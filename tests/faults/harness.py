@@ -107,7 +107,7 @@ class Night:
         self.ended: dict[UUID, JobView] = {}  # each as it was when it was first seen to have ended
         self.workers: list[Worker] = []
         self.processes: list[Forked] = []
-        self._defaults = OPTIONS | {"acks_late": acks_late}
+        self._defaults = {**OPTIONS, "acks_late": acks_late}
 
     @property
     def lane(self) -> str:
@@ -187,7 +187,7 @@ class Night:
         """What a worker process is given: its environment, its log and the arguments of `targets.worker`."""
         options = {field.name: how.pop(field.name) for field in fields(Options) if field.name in how}
         fake = {"step_s": 0.002} | {name: how.pop(name) for name in ("step_s", "oom_rows") if name in how}
-        arguments = {"options": dict(self._defaults) | options, "tally": str(self.tally), "fake": fake, **how}
+        arguments = {"options": self._defaults | options, "tally": str(self.tally), "fake": fake, **how}
         return {"environment": self.environment(failpoint, **environment), "log": str(self.log), "arguments": arguments}
 
     def fork(self, target: str, *, failpoint: str = "", **arguments: Any) -> Forked:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,13 +57,17 @@ def _is_in_slice(item: pytest.Item) -> bool:
     """Marked, and of a row that runs on both lanes only one: even numbers embedded, odd ones production."""
     if item.get_closest_marker("fault_slice") is None:
         return False
-    row, lane = _ROW.match(item.name), item.callspec.params.get("lane")
+    row, lane = _ROW.match(item.name), _parameters(item).get("lane")
     chosen = any(mark.args[0] == "lane" for mark in item.iter_markers("parametrize"))
     return row is None or lane is None or chosen or (int(row[1]) % 2 == 0) == (lane == "embedded")
 
 
 def _is_row(item: pytest.Item) -> bool:
     return item.path.is_relative_to(FOLDER) and "seed" in getattr(item, "fixturenames", ())
+
+
+def _parameters(item: pytest.Item) -> Mapping[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,7 +98,7 @@ def table(reports: Iterable[pytest.TestReport]) -> dict[tuple[int, str], Row]:
     for report in reports:
         runs[report.nodeid].append(report)
     for nodeid, parts in runs.items():
-        known = [value for part in parts for name, value in part.user_properties if name == "row"]
+        known: list[Any] = [value for part in parts for name, value in part.user_properties if name == "row"]
         if not known or any(part.skipped for part in parts):
             continue
         number, promise, fault = known[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import resource
 import threading
 import time
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from jobs import storage_s3
+from jobs import storage_s3, store_lease
 from jobs.bell import transport_options
 from jobs.client import Client
 from jobs.settings import Settings
+from jobs.store_read import stored_spec
 from tests.faults import callers
 from tests.faults.fake_runner import fake_workshop
 from worker import app as worker_app
@@ -38,6 +40,8 @@ def worker(
     deaf_s: float = 0.0,
     paced_s: float = 0.0,
     s3_answer_s: float = 0.0,
+    unreadable_s: float = 0.0,
+    knows: Sequence[str] = (),
     lifeline: Lifeline | None = None,
 ) -> int:
     """`nightshift worker` from the settings on, with a fake runner.
@@ -45,7 +49,8 @@ def worker(
     mutation: a name in `tests.faults.mutations`, which breaks our own code. limits: see `set_limit`. clock_step_s: how
     far its wall clock is from the others'. broker: more of kombu's transport options. deaf_s: how long it may hear
     nothing, in place of what suits its leases. paced_s: it sweeps and rings as with leases so long. s3_answer_s: how
-    long it waits for an answer of S3. lifeline: the tie to its supervisor.
+    long it waits for an answer of S3. unreadable_s: how long it leaves a job that it cannot read. knows: fields of a
+    spec that only this worker's version has. lifeline: the tie to its supervisor.
     """
     if broker:
         patch.object(worker_app, "transport_options", lambda url: {**transport_options(url), **broker}).start()
@@ -55,6 +60,10 @@ def worker(
         patch.object(worker_process, "pace_for", lambda url, _: pace_for(url, paced_s)).start()
     if s3_answer_s:
         patch.object(storage_s3, "READ_S", s3_answer_s).start()
+    if unreadable_s:
+        patch.object(store_lease, "UNREADABLE_WAIT_S", unreadable_s).start()
+    if knows:
+        patch.object(store_lease, "stored_spec", lambda text: stored_spec(without(text, knows))).start()
     for name, limit in (limits or {}).items():
         set_limit(name, limit)
     if clock_step_s:
@@ -85,6 +94,11 @@ def call(function: str, arguments: Mapping[str, Any]) -> int:
     """What `tests.faults.callers` says under this name."""
     code: int = getattr(callers, function)(**arguments)
     return code
+
+
+def without(text: str, fields: Sequence[str]) -> str:
+    """A stored spec without these fields."""
+    return json.dumps({name: value for name, value in json.loads(text).items() if name not in fields})
 
 
 def set_limit(name: str, limit: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,9 @@ LONG_STEPS, LONG_STEP_S = 500, 0.008
 """4 seconds of steps: more than fit a grace time of 2."""
 
 
-def a_worker_in_its_steps(night: Night, **how: float) -> Worker:
+def a_worker_in_its_steps(night: Night, **how: Any) -> Worker:
     """A worker that has made some steps of `HELD` jobs."""
-    worker = night.worker(**CALM, **how).ready()  # type: ignore[arg-type]
+    worker = night.worker(**CALM, **how).ready()
     night.wait_until(lambda: len(night.entries("began")) >= min(HELD, len(night.jobs)), "rows in the engine")
     time.sleep(night.rng.uniform(0.05, 0.3))
     return worker

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Mapping
+from uuid import UUID
 
 import pytest
+import sqlalchemy as sa
 
-from jobs import State
+from jobs import JobView, State
+from jobs.models import job as job_table
 from tests.faults.checker import check
 from tests.faults.harness import CALM, Night
 
@@ -42,6 +47,49 @@ def test_row_46_workers_started_at_once_never_share_a_name(night: Night) -> None
     pids = {name.split(":")[-2] for name in names}
     assert len(names) == len(pids) and pids <= {str(worker.pid) for worker in workers}
     assert check(night, broker=True)
+    for worker in workers:
+        worker.stop()
+
+
+def rewrite(night: Night, specs: Mapping[UUID, str]) -> None:
+    """Change the stored specs of these jobs."""
+    with night.store.engines.writer.begin() as connection:
+        for id, spec in specs.items():
+            connection.execute(sa.update(job_table).where(job_table.c.id == id).values(spec=spec))
+
+
+def of_tomorrow(night: Night, *jobs: JobView) -> None:
+    """Give these jobs a field that only the next version knows."""
+    rewrite(night, {job.id: json.dumps(job.spec.model_dump(mode="json") | {"hologram": 1}) for job in jobs})
+
+
+@pytest.mark.fault_slice
+def test_row_47_an_old_worker_leaves_a_new_job_to_a_new_worker(night: Night) -> None:
+    """rolling upgrade: a job with a field that an old worker does not know"""
+    jobs = night.submit(6)
+    of_tomorrow(night, *jobs[:2])
+    old = night.worker(unreadable_s=2.0, **CALM)
+    night.wait_until(lambda: all(night.states()[job.id] is State.succeeded for job in jobs[2:]), "the old jobs")
+    night.wait_until(lambda: all(night.client.get(job).error for job in jobs[:2]), "a reason at the others")
+    assert {night.client.get(job).state for job in jobs[:2]} == {State.queued}
+    old.stop()
+    new = night.worker(knows=["hologram"], lease_s=2.0)
+    night.wait_ended()
+    of_yesterday = {view.id for view in jobs[:2]}
+    rewrite(night, {view.id: view.spec.model_dump_json() for view in jobs[:2]})  # the oracle is of today
+    night.ended.clear()
+    assert check(night, charged=of_yesterday)
+    new.stop()
+
+
+def test_row_47_a_job_that_no_worker_can_read_fails_with_the_reason(night: Night) -> None:
+    """a job with a field that no worker knows"""
+    jobs = night.submit(4)
+    of_tomorrow(night, jobs[0])
+    workers = [night.worker(unreadable_s=0.5, lease_s=2.0) for _ in range(2)]
+    failed = night.wait_ended()[jobs[0].id]
+    assert "hologram" in str(failed.error)
+    assert check(night, failed={jobs[0].id})
     for worker in workers:
         worker.stop()
 

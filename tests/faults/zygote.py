@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from select import poll
@@ -188,8 +188,8 @@ def become(environment: Mapping[str, str], log: str) -> None:
         del os.environ[name]
     os.environ.update(environment)
     failpoints = importlib.import_module("jobs.failpoints")
-    with suppress(AttributeError):
-        failpoints._plans = failpoints.parse(os.environ.get(failpoints.VARIABLE, ""))
+    # They were read from the environment of the zygote when it imported this.
+    vars(failpoints)["_plans"] = failpoints.parse(os.environ.get(failpoints.VARIABLE, ""))
     if broken := os.environ.get("FAULTS_MUTATION"):  # see `tests.faults.mutating`
         importlib.import_module("tests.faults.mutations").apply(broken)
     random.seed()
