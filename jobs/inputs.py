@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from jobs.errors import FieldError, InvalidSpec, KeyNotFound
+from jobs.errors import FieldError, InvalidSpec, KeyNotFound, StorageRefused
 from jobs.fields import ALLOWED, MAX_SIDE, PICTURES, InputKey
 from jobs.picture_files import too_costly
 from jobs.spec import JobSpec
@@ -112,7 +112,8 @@ class Inputs:
     def _put(self, picture: Picture) -> None:
         if picture.data is None:
             return
-        with contextlib.suppress(KeyNotFound):
+        # Refused: to one who may not list a bucket, S3 answers 403 for what is not there.
+        with contextlib.suppress(KeyNotFound, StorageRefused):
             if self._is_young(picture.key):
                 return
         self._storage().put(picture.key, picture.data, picture.content_type)
