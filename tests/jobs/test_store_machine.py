@@ -20,6 +20,7 @@ from jobs.models import MAX_ATTEMPTS, MAX_SOLO_CRASHES, batch, image, job
 from jobs.spec import JobSpec
 from jobs.states import TERMINAL, TRANSITIONS, State
 from jobs.store import Store
+from jobs.store_prune import Housekeeper
 from jobs.views import Claim, Output, Sweep
 from tests.jobs.conftest import make_available
 
@@ -123,6 +124,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.retry(job_id)
         model.state, model.attempts, model.waiting, model.rung, model.token = State.queued, 0, False, False, None
         model.suspect, model.solo_crashes = model.solo_crashes > 0, 0
+
+    @rule(job_id=jobs)
+    def repair(self, job_id: UUID) -> None:
+        """A picture that it shows is gone from the storage."""
+        model = self.model[job_id]
+        with self.store.engines.reader.connect() as connection:
+            keys = connection.scalars(sa.select(image.c.key).where(image.c.job_id == job_id)).all()
+        queued = Housekeeper(self.store.engines).queue_again(job_id, keys[0] if keys else "no such key", "it is gone")
+        assert queued == (model.state == State.succeeded)
+        if queued:
+            model.state, model.attempts, model.waiting, model.rung, model.token = State.queued, 0, False, False, None
+            model.images, model.suspect, model.solo_crashes = 0, model.solo_crashes > 0, 0
 
     # Workers
 
@@ -334,7 +347,7 @@ def run_machine(database_url: str, *, examples: int, steps: int = 40) -> None:
 
 
 def test_the_store_does_what_the_model_does(database_url: str) -> None:
-    run_machine(database_url, examples=12 if database_url.startswith("postgresql") else 60)
+    run_machine(database_url, examples=8 if database_url.startswith("postgresql") else 40)
 
 
 def test_what_ended_never_moves_except_by_a_persons_retry_or_repair() -> None:
