@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import sqlalchemy as sa
 from kombu import Connection as Broker
@@ -192,7 +192,9 @@ def broker_access(url: str) -> Finding:
     if _is_loopback(parts.hostname or "localhost"):
         return Finding("broker access", Mark.ok, "on this machine alone, as far as its address tells")
     missing = [] if parts.password else ["a password"]
-    missing += [] if parts.scheme == "rediss" else ["TLS"]
+    asked = dict(parse_qsl(parts.query)).get("ssl_cert_reqs", "required").lower()
+    checked = asked in ("required", "cert_required")
+    missing += ["TLS"] if parts.scheme != "rediss" else [] if checked else ["a check of the server's certificate"]
     if not missing:
         return Finding("broker access", Mark.ok, "with a password and TLS")
     remedy = "write rediss://:password@host:6379/0, and let no stranger reach the port"

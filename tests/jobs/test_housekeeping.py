@@ -302,6 +302,8 @@ class TestDoctor:
             ("redis://:p@10.0.0.1:6379/0", "warning"),
             ("rediss://redis.example:6379/0", "warning"),
             ("rediss://:p@redis.example:6379/0", "ok"),
+            ("rediss://:p@redis.example:6379/0?ssl_cert_reqs=required", "ok"),
+            ("rediss://:p@redis.example:6379/0?ssl_cert_reqs=none", "warning"),
             ("redis://localhost:6379/0", "ok"),
             ("redis://[::1]:6379/0", "ok"),
         ],
