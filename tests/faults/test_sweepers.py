@@ -83,7 +83,7 @@ def test_row_43_nobody_rings_for_a_row_that_another_has_just_rung_for(night: Nig
 def test_row_43_jobs_of_a_killed_worker_are_handled_once_by_the_others(night: Night) -> None:
     """A worker that sweeps is killed among three"""
     # A lease that a busy machine outlasts, and short enough to wait for its end.
-    workers = [night.worker(**{**BELLS, "lease_s": 4.0}).ready() for _ in range(SWEEPERS)]
+    workers = [night.worker(**{**BELLS, "lease_s": 8.0}).ready() for _ in range(SWEEPERS)]
     night.submit(30, steps=night.rng.randrange(100, 300))
     night.wait_running(12)
     victim = night.rng.choice([worker for worker in workers if worker.holds()])
@@ -110,6 +110,7 @@ def insert_backlog(night: Night, count: int) -> None:
         f"SELECT gen_random_uuid(), now() - interval '1 hour', {columns} FROM job, generate_series(1, {count - 1})"
     )
     with night.store.engines.writer.begin() as connection:
+        connection.execute(sa.text("SET LOCAL statement_timeout = 0"))  # an hour's rows, not a submit's
         connection.execute(sa.text(statement))
     with night.store.engines.writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("ANALYZE job"))
