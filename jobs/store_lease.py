@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -151,20 +151,21 @@ def fail(
 
 def release(
     connection: Connection,
-    claim: Claim | Unanswered,
+    claims: Sequence[Claim | Unanswered],
     *,
-    wait_s: float,
-    reason: str | None,
-    suspect: bool,
-    saved_key: str | None,
-) -> bool:
-    """Back into the queue with everything that the claim counted. False: the lease is lost."""
+    wait_s: float = 0.0,
+    reason: str | None = None,
+    suspect: bool = False,
+    saved_key: str | None = None,
+) -> int:
+    """Back into the queue with everything that the claims counted; how many, without those whose lease is lost."""
     values: dict[str, Any] = {"error": _text(reason, MAX_ERROR_CHARS)} if reason is not None else {}
     values |= {"suspect": True} if suspect else {}
     kept = job.c.saved_key if saved_key is None else sa.literal(saved_key)
     statement = (
         sa.update(job)
-        .where(held(claim))
+        .where(is_in(State.running), job.c.lease_token.in_([claim.token for claim in claims]))
+        .where(job.c.id.in_([claim.job_id for claim in claims]))
         .values(
             state=sa.case((cancel_wanted, State.cancelled), else_=State.queued),
             available_at=db_now(wait_s),
@@ -176,12 +177,12 @@ def release(
             **values,
         )
     )
-    return connection.execute(statement).rowcount == 1
+    return connection.execute(statement).rowcount
 
 
 def vouch(connection: Connection, claim: Claim | Unanswered) -> bool:
     """Take back what the sweep thought of a lost lease: its worker lives, so the job did not crash it."""
-    if release(connection, claim, wait_s=0.0, reason=None, suspect=False, saved_key=None):
+    if release(connection, [claim]):
         return True  # no sweep came yet; the next one would have suspected it after all
     # A suspect's claim counted one; a job that has none to give back was no suspect before this lease expired.
     alone = job.c.solo_crashes > 0

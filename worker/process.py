@@ -250,5 +250,4 @@ class _Worker:
             stop_consuming(self._app)
 
     def _release_all(self) -> None:
-        for lease in self._leases.held().values():
-            self._store.release(lease.claim)
+        self._store.release_all([lease.claim for lease in self._leases.held().values()])

@@ -86,10 +86,10 @@ def give_back(store: Store, leases: Leases) -> None:
 
     A suspect that was alone there stays: its lease expires, and so its claim counts as one that ended the process.
     """
-    for lease in leases.held().values():
-        if lease.claim.suspect and not lease.drawn:
-            continue
-        store.release(lease.claim, suspect=not lease.drawn, reason="a step of the engine hung")
+    held = leases.held().values()
+    in_engine = [lease.claim for lease in held if not lease.drawn and not lease.claim.suspect]
+    store.release_all(in_engine, suspect=True, reason="a step of the engine hung")
+    store.release_all([lease.claim for lease in held if lease.drawn])
 
 
 def stack_of(thread: threading.Thread) -> str:

@@ -522,3 +522,17 @@ def test_the_sweepers_look_reads_its_index_in_order_and_sorts_nothing(sqlite_sto
         plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all())
     assert "USING INDEX job_due_ix" in plan
     assert "TEMP B-TREE" not in plan
+
+
+def test_a_leaving_process_gives_all_its_jobs_back_in_one_statement(store: Store) -> None:
+    kept, lost, wanted = (claimed(store, submitted(store)) for _ in range(3))
+    store.fail(lost, "ended elsewhere", retry=False)
+    store.cancel(wanted.job_id)
+    assert store.release_all([kept, lost, wanted]) == 2
+    assert [store.get(claim.job_id).state for claim in (kept, lost, wanted)] == [
+        State.queued,
+        State.failed,
+        State.cancelled,
+    ]
+    assert store.get(kept.job_id).attempts == 0
+    assert store.release_all([]) == 0
