@@ -113,9 +113,7 @@ def as_json(view: JobView, pictures: Sequence[Mapping[str, Any]] | None = None) 
         "traceback": view.traceback,
         "suspect": view.suspect,
         "solo_crashes": view.solo_crashes,
-        "images": [
-            dict(image) | dict(more) for image, more in zip(images, pictures or [{}] * len(images), strict=True)
-        ],
+        "images": [image | dict(more) for image, more in zip(images, known, strict=True)],
     }
 
 
