@@ -68,12 +68,12 @@ def test_row_47_an_old_worker_leaves_a_new_job_to_a_new_worker(night: Night) -> 
     """rolling upgrade: a job with a field that an old worker does not know"""
     jobs = night.submit(6)
     of_tomorrow(night, *jobs[:2])
-    old = night.worker(unreadable_s=2.0, **CALM)
+    old = night.worker(unreadable_s=2.0, paced_s=1.5, **CALM)
     night.wait_until(lambda: all(night.states()[job.id] is State.succeeded for job in jobs[2:]), "the old jobs")
     night.wait_until(lambda: all(night.client.get(job).error for job in jobs[:2]), "a reason at the others")
     assert {night.client.get(job).state for job in jobs[:2]} == {State.queued}
     old.stop()
-    new = night.worker(knows=["hologram"], lease_s=2.0)
+    new = night.worker(knows=["hologram"], paced_s=1.5, **CALM)
     night.wait_ended()
     of_yesterday = {view.id for view in jobs[:2]}
     rewrite(night, {view.id: view.spec.model_dump_json() for view in jobs[:2]})  # the oracle is of today
@@ -86,7 +86,7 @@ def test_row_47_a_job_that_no_worker_can_read_fails_with_the_reason(night: Night
     """a job with a field that no worker knows"""
     jobs = night.submit(4)
     of_tomorrow(night, jobs[0])
-    workers = [night.worker(unreadable_s=0.5, lease_s=2.0) for _ in range(2)]
+    workers = [night.worker(unreadable_s=0.5, paced_s=1.5, **CALM) for _ in range(2)]
     failed = night.wait_ended()[jobs[0].id]
     assert "hologram" in str(failed.error)
     assert check(night, failed={jobs[0].id})

@@ -73,11 +73,11 @@ def test_row_02_a_worker_killed_between_upload_and_commit_shows_nothing_twice(ni
 @pytest.mark.parametrize("where", ["after_finish_commit", "before_ack"])
 def test_row_03_a_job_committed_before_its_worker_died_is_not_drawn_again(night: Night, where: str) -> None:
     """kill -9 after the commit, or before the ack"""
-    doomed = night.worker(failpoint=f"{where}:kill9").ready()
+    doomed = night.worker(failpoint=f"{where}:kill9", lease_s=4.0).ready()
     (job,) = night.submit(1)
     assert doomed.wait() == -signal.SIGKILL
     committed = night.client.get(job.id).state is State.succeeded
-    peer = night.worker().ready()
+    peer = night.worker(**CALM, paced_s=1.5).ready()
     ring(night, job.id, times=3)
     night.submit(3)
     night.wait_ended()
@@ -181,4 +181,5 @@ def test_row_12_a_worker_that_sleeps_again_and_again_never_shows_a_job_twice(nig
     night.wait_ended()
     for worker in workers:
         worker.stop()
-    assert check(night, duplicates=2 * sleeps * HELD)
+    # One that slept while it drew a suspect alone is counted as a crash, unless it vouches before a peer takes the job.
+    assert check(night, duplicates=2 * sleeps * HELD, charged=night.states())
