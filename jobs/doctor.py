@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -56,7 +57,7 @@ def _places(settings: Settings) -> str:
 def _database(settings: Settings) -> Iterator[Finding]:
     file = _file_of(settings.database_url)
     if file is not None and not file.exists():
-        yield Finding("database", Mark.skipped, f"{file} is not there yet", "the first submit or worker makes it")
+        yield _to_be_made("database", file)
         return
     engines = open_engines(settings.database_url)
     try:
@@ -104,6 +105,14 @@ def _sqlite(engines: Engines, file: Path) -> Iterator[Finding]:
     else:
         yield Finding("database file", Mark.failed, f"it is damaged: {sound}", "restore it from a backup")
     yield _free("database disk", file.parent)
+
+
+def _to_be_made(check: str, place: Path) -> Finding:
+    above = next(folder for folder in place.absolute().parents if folder.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return Finding(check, Mark.skipped, f"{place} is not there yet", "the first submit or worker makes it")
+    remedy = "see to its permissions, or set NIGHTSHIFT_HOME to a folder that can be made"
+    return Finding(check, Mark.failed, f"{place} is not there, and nothing can be made in {above}", remedy)
 
 
 def _free(check: str, folder: Path) -> Finding:
@@ -214,7 +223,7 @@ def _is_loopback(host: str) -> bool:
 def _storage(settings: Settings) -> Iterator[Finding]:
     folder = _folder_of(settings.storage_url)
     if folder is not None and not folder.exists() and "storage_url" not in settings.model_fields_set:
-        yield Finding("storage", Mark.skipped, f"{folder} is not there yet", "the first submit or worker makes it")
+        yield _to_be_made("storage", folder)
         return
     storage = open_storage(settings.storage_url)
     check_storage(storage)

@@ -24,6 +24,7 @@ from jobs.settings import Settings
 from jobs.states import TERMINAL, State
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+MAX_AGE = timedelta(days=36500)  # no job is older; far beyond it no calendar has a date to compare with
 #: Damaged pictures that are listed; the rest is counted.
 SHOWN_DAMAGE = 50
 
@@ -33,7 +34,10 @@ def _age(context: click.Context, param: click.Parameter, value: str) -> timedelt
     match = re.fullmatch(r"([0-9]{1,6})([smhdw])", value.strip())
     if match is None:
         raise click.BadParameter(f"{value!r} is no age; write a number and one of s, m, h, d, w: 12h, 30d")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    age = timedelta(**{_UNITS[match[2]]: int(match[1])})
+    if age > MAX_AGE:
+        raise click.BadParameter(f"{value!r} is more than a job can be old; write at most {MAX_AGE.days}d")
+    return age
 
 
 def _states(context: click.Context, param: click.Parameter, value: str | None) -> frozenset[State]:

@@ -152,4 +152,6 @@ def _sentence(details: ErrorDetails) -> str:
     name = str(details["loc"][0]) if details["loc"] else ""
     if details["type"] == "extra_forbidden":
         return f"there is no setting {name}; the settings are {', '.join(Settings.model_fields)}"
+    if details["type"] == "bool_parsing":
+        return f"NIGHTSHIFT_{name.upper()} is {details['input']!r}; allowed: 1 or 0"
     return f"NIGHTSHIFT_{name.upper()} {str(details['msg']).removeprefix('Value error, ')}"

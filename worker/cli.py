@@ -6,6 +6,7 @@ needs it, so that help and usage errors answer at once and without the extra.
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -35,9 +36,19 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
     raise click.BadParameter(f"{value!r} is no device; write {USABLE_DEVICES}")
 
 
+class _Seconds(click.FloatRange):
+    """A range of seconds. What is no number lies in no range, though no comparison with its bounds says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
 def _seconds(name: str, default: float | None, text: str, *, least: float = 0.1) -> Callable[[Any], Any]:
     return click.option(
-        f"--{name}-seconds", type=click.FloatRange(min=least, max=MAX_SECONDS), default=default,
+        f"--{name}-seconds", type=_Seconds(min=least, max=MAX_SECONDS), default=default,
         show_default=default is not None, envvar=f"NIGHTSHIFT_{name.upper().replace('-', '_')}_SECONDS", help=text,
     )  # fmt: skip
 

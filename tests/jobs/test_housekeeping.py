@@ -92,6 +92,8 @@ def test_every_command_has_help_with_an_example(run: Run, name: str) -> None:
         [],
         ["--older-than", "30"],
         ["--older-than", "-1d"],
+        ["--older-than", "999999d"],
+        ["--older-than", "0s", "--orphans-older-than", "999999w"],
         ["--older-than", "1d", "--state", "running"],
         ["--older-than", "1d", "--state", ""],
     ],
@@ -218,6 +220,16 @@ class TestDoctor:
         assert {found[check][0] for check in ("database", "storage", "broker", "worker")} == {"skipped"}
         assert "pip install 'nightshift[worker]'" in found["worker"][2]
         assert not Settings().home.exists()
+
+    def test_a_home_that_nobody_can_make_is_told(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").write_text("in the way")
+        monkeypatch.setenv("NIGHTSHIFT_HOME", str(tmp_path / "file" / "home"))
+        found = self.found(run)
+        for check in ("database", "storage"):
+            mark, seen, remedy = found[check]
+            assert (mark, f"made in {tmp_path}/file" in seen, "NIGHTSHIFT_HOME" in remedy) == ("failed", True, True)
 
     def test_a_house_in_use_is_ok(self, run: Run, draw: Draw, storage: DirStorage) -> None:
         draw()

@@ -80,6 +80,7 @@ def test_the_home_is_for_its_owner_alone(settings: Settings) -> None:
         ("models", "=geheim", "name=path"),
         ("models", "a geheim=shipped", "no job can ask for"),
         ("home", 3, "NIGHTSHIFT_HOME"),
+        ("png_parameters", "maybe", "is 'maybe'; allowed: 1 or 0"),
     ],
 )
 def test_a_bad_setting_is_one_sentence_with_its_name(field: str, value: Any, sentence: str) -> None:

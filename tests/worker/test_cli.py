@@ -115,6 +115,14 @@ def test_a_hang_limit_shorter_than_the_signs_of_life_is_refused(monkeypatch: pyt
     assert "'--hang-limit-seconds': 1.0 is not in the range 5.0<=x" in answer.output
 
 
+@pytest.mark.parametrize("name", ["LEASE", "HEARTBEAT", "GRACE", "STEP_LIMIT", "HANG_LIMIT", "STORAGE_PATIENCE"])
+def test_seconds_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"NIGHTSHIFT_{name}_SECONDS", "nan")
+    answer = CliRunner().invoke(worker, [])
+    assert answer.exit_code == 2
+    assert f"'--{name.lower().replace('_', '-')}-seconds': 'nan' is no number of seconds" in answer.output
+
+
 def test_help_names_every_exit_code() -> None:
     codes = {value for name, value in vars(exit_codes).items() if name.isupper()}
     text = CliRunner().invoke(worker, ["--help"]).output.partition("Exit codes:")[2]
