@@ -193,12 +193,15 @@ def _use_wal(connection: sqlite3.Connection) -> None:
     fresh file at once, all but one are told "locked" and try again.
     """
     pause = threading.Event()
+    why = ""
     for _ in range(200):
-        with contextlib.suppress(sqlite3.OperationalError):
+        try:
             if connection.execute("PRAGMA journal_mode=WAL").fetchone()[0] == "wal":
                 return
+        except sqlite3.OperationalError as error:
+            why = f": {error}"  # a full disk, a file or folder that cannot be written
         pause.wait(random.uniform(0.01, 0.05))
-    raise sqlite3.OperationalError("the database file cannot be switched to write-ahead logging")
+    raise sqlite3.OperationalError(f"the database file cannot be switched to write-ahead logging{why}")
 
 
 def ping(engines: Engines) -> None:
