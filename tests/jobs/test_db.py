@@ -36,6 +36,8 @@ def test_a_file_that_cannot_be_written_is_told_in_the_databases_own_words(
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("CREATE TABLE a (b)")
     monkeypatch.setattr(random, "uniform", lambda least, most: 0.0)
-    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
-        with pytest.raises(sqlite3.OperationalError, match="write-ahead logging: attempt to write a readonly"):
-            db._use_wal(connection)
+    with (
+        contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection,
+        pytest.raises(sqlite3.OperationalError, match="write-ahead logging: attempt to write a readonly"),
+    ):
+        db._use_wal(connection)
