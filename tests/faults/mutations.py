@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from unittest.mock import patch
@@ -61,9 +61,10 @@ def attempt_counted_late() -> Patches:
         count(connection, store_lease.held(taken), 1)
         return fail(connection, taken, *args, **options)
 
-    def late_release(connection: Connection, taken: Claim, **options: Any) -> bool:
-        count(connection, store_lease.held(taken), 1)
-        return release(connection, taken, **options)
+    def late_release(connection: Connection, all_taken: Sequence[Claim], **options: Any) -> int:
+        for taken in all_taken:
+            count(connection, store_lease.held(taken), 1)
+        return release(connection, all_taken, **options)
 
     def late_sweep(connection: Connection) -> Sweep:
         count(connection, store_lease._expired(), 1)

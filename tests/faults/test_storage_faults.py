@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,7 +86,13 @@ def test_row_32_a_storage_that_hangs_does_not_stop_the_engine(stored: Night, s3:
 def test_row_32_a_storage_that_is_away_bounds_what_is_drawn_and_no_lease_is_lost(stored: Night, s3: FaultyS3) -> None:
     """S3 away for several leases: what is kept is bounded, and stored when it is back"""
     night = stored
-    fault = night.turn((FaultyS3.hang, FaultyS3.slow_down, FaultyS3.deny, FaultyS3.reset_mid_body))
+    faults: tuple[Callable[[FaultyS3], None], ...] = (
+        FaultyS3.hang,
+        FaultyS3.slow_down,
+        FaultyS3.deny,
+        FaultyS3.reset_mid_body,
+    )
+    fault = night.turn(faults)
     worker = night.worker(concurrency=CONCURRENCY, **WAITS).ready()
     fault(s3)
     night.submit(KEPT + 16)

@@ -88,7 +88,7 @@ def test_a_transaction_that_reads_before_it_writes_waits_for_its_turn(sqlite_sto
     def add_one(store: Store) -> None:
         for _ in range(10):
             with store.engines.writer.begin() as connection:
-                before = connection.scalar(count)
+                before = connection.scalars(count).one()
                 connection.execute(sa.update(job).where(job.c.id == view.id).values(attempts=before + 1))
 
     at_once([partial(add_one, store) for store in stores])
