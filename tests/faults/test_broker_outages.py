@@ -94,8 +94,8 @@ def test_row_14_workers_hear_again_after_many_restarts(night: Night, own_redis: 
 @PRODUCTION
 def test_row_15_killed_connections_deliver_twice_and_render_once(night: Night, pytestconfig: pytest.Config) -> None:
     """CLIENT KILL TYPE normal, again and again"""
-    workers = [night.worker(**BELLS).ready() for _ in range(2)]
-    night.submit(24, steps=300)
+    workers = [night.worker(step_s=0.005, **BELLS).ready() for _ in range(2)]
+    night.submit(14, steps=night.rng.randrange(600, 800))  # longer than the bells of lost connections stay away
     night.wait_running(8)
     with look(night.settings.broker_url) as client:
         assert not client.client_list(_type="pubsub"), "nobody listens to what CLIENT KILL TYPE pubsub could strike"
