@@ -131,7 +131,7 @@ def finish(lease: Lease, outputs: Sequence[Output], outside: Outside) -> None:
             lease.pause(wait_s)
     if not shown:
         lease.stored = stored
-        raise lease.reason or CancelAsked("cancelled, or the lease lost, before it was shown")
+        raise lease.reason or CancelAsked("not shown, for it was cancelled or its lease was lost meanwhile")
     log.info("job %s: succeeded, %d images", claim.job_id, len(outputs))
 
 

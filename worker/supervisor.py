@@ -40,6 +40,7 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     line: Listening | None = None
     silent_s: float = 0.0
+    heard: bool = False
     killed: bool = False
     started_at: float = 0.0
     wait_s: float = 0.0
@@ -62,7 +63,8 @@ class Supervisor:
 
     ``grace_s``: seconds that children have after the first signal before they are killed; a second signal changes
     nothing. ``hang_limit_s``: a child that says nothing on its lifeline (``worker.lifeline``) for so long is killed and
-    started again; None for commands that know of no lifeline. ``run`` returns 0, 2 when a child ended with wrong
+    started again; None for commands that know of no lifeline. Before its first word it has ``start_s`` at least: on a
+    busy machine Python and its imports take longer than a short limit. ``run`` returns 0, 2 when a child ended with wrong
     settings, or the code of the last child when all ended with an error before any was ready.
     """
 
@@ -72,11 +74,13 @@ class Supervisor:
         *,
         grace_s: float,
         hang_limit_s: float | None = None,
+        start_s: float = 60.0,
         back_off: BackOff = BackOff(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._children = [_Child(command) for command in commands]
         self._grace_s, self._hang_limit_s, self._back_off, self._clock = grace_s, hang_limit_s, back_off, clock
+        self._start_s = start_s
         self._look_s = None if hang_limit_s is None else min(1.0, hang_limit_s / 4)
         self._looked_at = clock()
         self._events: SimpleQueue[_Exited | _Signalled] = SimpleQueue()
@@ -112,7 +116,7 @@ class Supervisor:
 
     def _start(self, child: _Child) -> None:
         child.restart_at, child.started_at = None, self._clock()
-        child.silent_s, child.killed = 0.0, False
+        child.silent_s, child.heard, child.killed = 0.0, False, False
         try:
             child.process = self._spawn(child)
             threading.Thread(target=self._await_exit, args=(child, child.process), daemon=True).start()
@@ -174,8 +178,9 @@ class Supervisor:
                 continue
             said = child.line.hear()
             self._any_was_ready |= READY in said
+            child.heard |= bool(said)
             child.silent_s = 0.0 if said else child.silent_s + passed_s
-            if child.silent_s > self._hang_limit_s:
+            if child.silent_s > (self._hang_limit_s if child.heard else max(self._start_s, self._hang_limit_s)):
                 log.error("%d gave no sign of life for %.0f s: killing it", child.process.pid, child.silent_s)
                 child.killed = True
                 child.process.kill()

@@ -51,6 +51,13 @@ line.join()
 """
 
 
+BEGINS_LATE = """
+import sys, time
+open(sys.argv[1], "a").write(".")
+time.sleep(2.0)  # ten times what it may be silent later
+"""
+
+
 def supervised(tmp_path: Path, code: str, hang_limit_s: float = PATIENCE_S) -> tuple[int, int]:
     """The supervisor's result and how often its child lived."""
     lives = tmp_path / "lives"
@@ -71,6 +78,10 @@ def test_a_process_without_a_sign_of_life_is_killed_and_started_again(
 ) -> None:
     assert supervised(tmp_path, code, hang_limit_s=2.0) == (0, 2)
     assert f"ended with {HUNG}" in caplog.text
+
+
+def test_a_process_that_takes_long_to_begin_is_not_killed_for_it(tmp_path: Path) -> None:
+    assert supervised(tmp_path, BEGINS_LATE, hang_limit_s=0.2) == (0, 1)
 
 
 def test_a_service_that_is_away_at_the_start_is_told_once_and_later_tried_again(tmp_path: Path) -> None:
