@@ -64,8 +64,8 @@ class Supervisor:
     ``grace_s``: seconds that children have after the first signal before they are killed; a second signal changes
     nothing. ``hang_limit_s``: a child that says nothing on its lifeline (``worker.lifeline``) for so long is killed and
     started again; None for commands that know of no lifeline. Before its first word it has ``start_s`` at least: on a
-    busy machine Python and its imports take longer than a short limit. ``run`` returns 0, 2 when a child ended with wrong
-    settings, or the code of the last child when all ended with an error before any was ready.
+    busy machine Python and its imports take longer than a short limit. ``run`` returns 0, 2 when a child ended with
+    wrong settings, or the code of the last child when all ended with an error before any was ready.
     """
 
     def __init__(
