@@ -63,8 +63,12 @@ class S3Storage:
                 ContentType=content_type,
                 ContentMD5=base64.b64encode(md5.digest()).decode(),
             )
+        try:
             # Asked once more, because some servers and proxies answer 200 to a body that was cut off.
-            head = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+            with self._told(key):
+                head = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+        except KeyNotFound:  # the storage's trouble, where a missing object is somebody's mistake
+            raise StorageError(f"the bucket {self._bucket} took {key} but does not have it") from None
         if head["ContentLength"] != len(data) or not all(_same(each, md5.hexdigest()) for each in (answer, head)):
             raise StorageError(
                 f"the bucket {self._bucket} took {key} but holds other bytes than were sent "

@@ -56,6 +56,10 @@ class FaultyS3:
         """Store, or answer a GET with, the first half of the body, and call it a success."""
         self._state.switch("truncate", s3_wire.truncate, p, methods)
 
+    def lose(self, p: float = 1.0, *methods: str) -> None:
+        """Call it a success, and store nothing."""
+        self._state.switch("lose", s3_wire.lose, p, methods)
+
     def trickle(self, bytes_per_s: float = 1000.0, p: float = 1.0, *methods: str) -> None:
         """Take the body at this speed, then answer well."""
         self._state.switch("trickle", s3_wire.trickle(bytes_per_s), p, methods)

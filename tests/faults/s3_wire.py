@@ -134,6 +134,13 @@ def truncate(handler: Handler, body: bytes | None) -> bytes | None:
     return whole[: len(whole) // 2]
 
 
+def lose(handler: Handler, body: bytes | None) -> bytes | None:
+    if body is None:
+        handler.read_body()
+    handler.reply(200)
+    raise _Done
+
+
 def trickle(bytes_per_s: float) -> Callable[[Handler, bytes | None], bytes | None]:
     def act(handler: Handler, body: bytes | None) -> bytes | None:
         whole = handler.read_body() if body is None else body

@@ -76,7 +76,6 @@ def test_row_30_a_full_storage_is_waited_for_and_shows_no_half_picture(night: Ni
 
 
 @only("embedded")
-@pytest.mark.fault_slice
 def test_row_30_a_put_that_fails_half_way_is_done_again(night: Night) -> None:
     """writing a picture fails half way"""
     night.submit(24)

@@ -11,7 +11,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionClosedError, ReadTimeoutError
 
-from jobs.errors import KeyNotFound
+from jobs.errors import KeyNotFound, StorageError
 from jobs.storage import open_storage
 from tests.conftest import make_bucket
 from tests.faults.s3_stub import FaultyS3, faulty_s3
@@ -153,3 +153,13 @@ def test_requests_can_be_waited_for(stub: FaultyS3, client: Any) -> None:
     stub.wait_seen(1)
     with pytest.raises(TimeoutError):
         stub.wait_seen(2, timeout_s=0.01)
+
+
+def test_a_put_whose_object_is_not_there_is_the_storages_trouble(
+    stub: FaultyS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(make_bucket(stub.server, monkeypatch).url)
+    stub.lose()
+    with pytest.raises(StorageError, match="does not have it") as told:
+        storage.put("images/a.png", DATA, "image/png")
+    assert not isinstance(told.value, KeyNotFound)
