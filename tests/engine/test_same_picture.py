@@ -160,6 +160,12 @@ class Recorded:
         self.drawn.append(self._source.draw(shape))
         return self.drawn[-1]
 
+    def state(self) -> Tensor:
+        return self._source.state()
+
+    def set_state(self, state: Tensor) -> None:
+        self._source.set_state(state)
+
 
 def draws(model: Model, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Tensor]]:
     """Every draw of every request, in order, by its place in the list."""
