@@ -270,8 +270,9 @@ def test_status_shows_a_job_whose_spec_this_version_cannot_read_among_the_others
         store = Store.open(client.settings.database_url)
         assert store.claim(strange.id, "w") is None
         store.close()
-        assert client.wait(strange, timeout=0).state == State.failed
-        assert run("retry", str(strange.id)).stdout == "queued\n"
+        after = client.get(strange)
+        assert after.state == State.queued, "a newer worker may read it"
+        assert after.error is not None and "hologram" in after.error
 
 
 def test_cancel_and_retry_answer_in_words() -> None:
