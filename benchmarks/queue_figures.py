@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
+import json
 import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -96,11 +98,9 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int]:
 # Claims a second
 
 
-def claims(bench: Bench, jobs: int, rounds: int) -> dict[str, Any]:
+def claims(bench: Bench, kind: str, jobs: int, rounds: int) -> dict[str, float | int]:
     """4 processes of 8 threads claim; each job is there for one of them."""
-    return {
-        kind: spread([_claims_once(bench, kind, jobs) for _ in range(rounds)], 1) for kind in ("sqlite", "postgresql")
-    }
+    return spread([_claims_once(bench, kind, jobs) for _ in range(rounds)], 1)
 
 
 def _claims_once(bench: Bench, kind: str, jobs: int) -> float:
@@ -109,32 +109,34 @@ def _claims_once(bench: Bench, kind: str, jobs: int) -> float:
             schema.upgrade(store.engines)
             ids = [view.id for view in store.submit([JobSpec(prompt="x")] * jobs)]
         random.Random(1).shuffle(ids)
-        context = multiprocessing.get_context("spawn")
-        gate, results = context.Barrier(PROCESSES), context.SimpleQueue()
-        started = [
-            context.Process(target=claim_some, args=(url, ids[i::PROCESSES], gate, results)) for i in range(PROCESSES)
-        ]
-        for process in started:
-            process.start()
-        done = [results.get() for _ in started]
-        for process in started:
-            process.join()
+        with ExitStack() as stack:
+            claimers = [stack.enter_context(_claimer(url, ids[i::PROCESSES])) for i in range(PROCESSES)]
+            for claimer in claimers:
+                assert _line(claimer) == "ready"
+            for claimer in claimers:
+                _tell(claimer, "go")
+            done = [json.loads(_line(claimer)) for claimer in claimers]
     claimed: int = sum(count for count, _, _ in done)
     assert claimed == jobs, f"{claimed} of {jobs} jobs were claimed"
     seconds: float = max(end for _, _, end in done) - min(begin for _, begin, _ in done)
     return claimed / seconds
 
 
-def claim_some(url: str, ids: Sequence[UUID], gate: Any, results: Any) -> None:
-    """In a process of its own: claim these jobs with 8 threads; how many, and from when to when."""
-    with closing(Store.open(url)) as store, ThreadPoolExecutor(THREADS) as pool:
-        # Every connection is there before the clock starts.
-        list(pool.map(lambda _: store.counts(), range(4 * THREADS)))
-        name = f"bench:{os.getpid()}"
-        gate.wait()
-        began = time.monotonic()
-        claimed = sum(pool.map(lambda job_id: store.claim(job_id, name) is not None, ids))
-        results.put((claimed, began, time.monotonic()))
+def _claimer(url: str, ids: Sequence[UUID]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.queue_claims"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    _tell(process, json.dumps({"url": url, "ids": [str(id) for id in ids], "threads": THREADS}))
+    return process
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    print(line, file=process.stdin, flush=True)
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 # Times of a worker
@@ -253,31 +255,36 @@ def _step_s(heartbeat: Heartbeat | None, steps: int) -> float:
     return took / steps
 
 
-def figures(bench: Bench, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Each figure's name and value."""
-    samples, rounds = (20, 2) if quick else (200, 7)
-    yield "claims_per_s", claims(bench, 500 if quick else 3000, rounds)
-    for lane in lanes.LANES:
-        yield f"idle_submit_to_start_s_{lane}", idle_start(bench, lane, samples)
-    for lane, concurrency in itertools.product(lanes.LANES, (1, 8)):
-        yield f"freed_slot_filled_s_{lane}_{concurrency}", refill(bench, lane, samples, concurrency)
+def figures(bench: Bench, quick: bool) -> dict[str, Callable[[], Any]]:
+    """What measures each figure, by the figure's name."""
+    samples, rounds = (20, 2) if quick else (200, 5)
+    chosen: dict[str, Callable[[], Any]] = {}
     for kind in ("sqlite", "postgresql"):
-        yield f"checks_{kind}", checks(bench, kind, 200 if quick else 500, rounds)
+        chosen[f"claims_per_s_{kind}"] = partial(claims, bench, kind, 400 if quick else 2000, rounds)
+        chosen[f"checks_{kind}"] = partial(checks, bench, kind, 200 if quick else 500, rounds)
     for lane in lanes.LANES:
-        yield f"recovery_after_kill9_{lane}", recovery(bench, lane, 1 if quick else 3)
+        chosen[f"idle_submit_to_start_s_{lane}"] = partial(idle_start, bench, lane, samples)
+        for concurrency in (1, 8):
+            chosen[f"freed_slot_filled_s_{lane}_{concurrency}"] = partial(refill, bench, lane, samples, concurrency)
+        chosen[f"recovery_after_kill9_{lane}"] = partial(recovery, bench, lane, 1 if quick else 3)
+    return chosen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queue_figures", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples, and nothing is written")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="figures with this in their name; nothing is written"
+    )
     options = parser.parse_args()
     load_before, result = os.getloadavg()[0], dict[str, Any]()
     with tempfile.TemporaryDirectory(prefix="nightshift-figures-") as folder, ExitStack() as stack:
         bench = Bench(Path(folder), stack)
-        for name, value in figures(bench, options.quick):
-            result[name] = value
-            print(f"{name}: {value}", flush=True)
-    if not options.quick:
+        for name, measure in figures(bench, options.quick).items():
+            if options.only in name:
+                result[name] = measure()
+                print(f"{name}: {result[name]}", flush=True)
+    if not options.quick and not options.only:
         about = {
             "runner": "fake: a step sleeps 2 ms and draws nothing; engine, packer, store, broker and storage are real",
             "servers": "SQLite, synchronous=NORMAL; PostgreSQL, fsync=off; Redis; S3 by rclone; all on this machine",
