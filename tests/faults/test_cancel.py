@@ -106,7 +106,6 @@ def test_row_41_a_cancel_after_the_end_is_a_conflict(night: Night) -> None:
     worker.stop()
 
 
-@pytest.mark.fault_slice
 def test_row_42_a_cancelled_job_whose_worker_died_is_not_drawn_again(night: Night) -> None:
     """cancel and kill -9 at once"""
     jobs = night.submit(8, steps=900)

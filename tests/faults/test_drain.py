@@ -29,7 +29,6 @@ def a_worker_in_its_steps(night: Night, **how: Any) -> Worker:
     return worker
 
 
-@pytest.mark.fault_slice
 def test_row_07_what_fits_the_grace_time_is_finished(night: Night) -> None:
     """SIGTERM, jobs shorter than the grace time"""
     night.submit(20, steps=60)

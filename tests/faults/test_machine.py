@@ -24,7 +24,6 @@ def fence_held(night: Night) -> None:
     assert "expired leases" not in night.log_text(), night.tail()
 
 
-@pytest.mark.fault_slice
 def test_row_44_workers_whose_clocks_are_wrong_keep_their_leases(night: Night) -> None:
     """a worker's clock an hour ahead, another's an hour behind"""
     night.submit(16, steps=300)
@@ -63,7 +62,6 @@ def of_tomorrow(night: Night, *jobs: JobView) -> None:
     rewrite(night, {job.id: json.dumps(job.spec.model_dump(mode="json") | {"hologram": 1}) for job in jobs})
 
 
-@pytest.mark.fault_slice
 def test_row_47_an_old_worker_leaves_a_new_job_to_a_new_worker(night: Night) -> None:
     """rolling upgrade: a job with a field that an old worker does not know"""
     jobs = night.submit(6)

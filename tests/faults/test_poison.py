@@ -36,8 +36,7 @@ def test_row_36_a_pack_that_finds_no_memory_is_made_smaller(night: Night) -> Non
     worker.stop()
 
 
-@pytest.mark.fault_slice
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.fault_slice), 2])
 def test_row_37_a_job_that_aborts_its_process_takes_no_other_along(night: Night, workers: int) -> None:
     """a job that aborts the process, among 7 innocents"""
     poison = with_innocents(night, "poison")
@@ -50,7 +49,6 @@ def test_row_37_a_job_that_aborts_its_process_takes_no_other_along(night: Night,
     assert check(night, failed={poison.id}, duplicates=INNOCENTS, orphans=INNOCENTS)
 
 
-@pytest.mark.fault_slice
 def test_row_38_a_job_that_raises_fails_alone_with_its_traceback(night: Night) -> None:
     """a job that raises each time, among 7 innocents"""
     guilty = with_innocents(night, "raises")
