@@ -145,12 +145,13 @@ class TcpProxy(threading.Thread):
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        task = self._loop.create_task(self._serve(_Link(reader, writer)))
+        link = _Link(reader, writer)
+        self._links.add(link)  # here, not in the task: one that is cancelled before its first step closes nothing
+        task = self._loop.create_task(self._serve(link))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, link: _Link) -> None:
-        self._links.add(link)
         requests: asyncio.Task[None] | None = None
         try:
             await self._flow()
@@ -160,11 +161,12 @@ class TcpProxy(threading.Thread):
         except OSError:
             link.reset()  # the server is not there, or one side was reset: the other side shall see the same
         finally:
+            link.close()  # before any wait: a cancel that comes meanwhile must not leave a socket open
             self._links.discard(link)
             if requests is not None:
                 requests.cancel()
                 await asyncio.gather(requests, return_exceptions=True)
-            await link.close()
+            await link.closed()
 
     async def _requests(self, link: _Link) -> None:
         try:
@@ -229,9 +231,11 @@ class _Link:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         for _, writer in self._sides:
             writer.close()
+
+    async def closed(self) -> None:
         for _, writer in self._sides:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
