@@ -20,8 +20,8 @@ _ROW = re.compile(r"test_row_(\d+)_(\w+)")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "the fault suite, tests/faults")
-    group.addoption("--seeds", type=int, metavar="N", help="all rows, with the seeds 1 to N")
-    group.addoption("--seed", type=int, metavar="N", help="all rows, with this one seed")
+    group.addoption("--seeds", type=int, metavar="N", help="all rows, each with the seeds 1 to N, on its lanes in turn")
+    group.addoption("--seed", type=int, metavar="N", help="all rows, with this one seed, on all their lanes")
     group.addoption("--acks-late", type=int, choices=(0, 1), default=1, help="0: bells are acked when heard")
     group.addoption("--faults-report", type=Path, metavar="PATH", help="write the table there, as JSON")
 
@@ -44,9 +44,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--seed") is not None or config.getoption("--seeds"):
+    if config.getoption("--seed") is not None:
         return
-    left = [item for item in items if _is_row(item) and not _is_in_slice(item)]
+    every = bool(config.getoption("--seeds"))
+    left = [item for item in items if _is_row(item) and not (_is_its_turn(item) and (every or _is_in_slice(item)))]
     if left:
         config.hook.pytest_deselected(items=left)
         gone = set(left)
@@ -54,12 +55,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_in_slice(item: pytest.Item) -> bool:
-    """Marked, and of a row that runs on both lanes only one: even numbers embedded, odd ones production."""
-    if item.get_closest_marker("fault_slice") is None:
-        return False
-    row, lane = _ROW.match(item.name), _parameters(item).get("lane")
+    return item.get_closest_marker("fault_slice") is not None
+
+
+def _is_its_turn(item: pytest.Item) -> bool:
+    """The seeds of a row that runs on both lanes are shared out between them.
+
+    By the parity of the seed's bits, not of the seed: `Night.turn` shares the seeds out too, by their remainder, and
+    each choice shall meet both lanes.
+    """
+    row, given = _ROW.match(item.name), _parameters(item)
     chosen = any(mark.args[0] == "lane" for mark in item.iter_markers("parametrize"))
-    return row is None or lane is None or chosen or (int(row[1]) % 2 == 0) == (lane == "embedded")
+    if row is None or chosen or "lane" not in given or "seed" not in given:
+        return True
+    return ((int(row[1]) + int(str(given["seed"])).bit_count()) % 2 == 1) == (given["lane"] == "embedded")
 
 
 def _is_row(item: pytest.Item) -> bool:
