@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from typing import Any, Protocol
 from uuid import UUID
 
 from celery import Celery
 from kombu import Producer
 
+from jobs.envelopes import Envelope, Kept, push
 from jobs.redaction import shown_url, with_checked_certificate
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ ANSWER_S = 2.0
 #: After a ring that took a while and failed, the bell rests for so many times as long: a broker that swallows
 #: everything must not hold up each of a night's submits.
 REST_TIMES, REST_MOST_S = 5.0, 30.0
+#: Bells in one command: many, for each is a round trip; a few hundred KB, for the broker has to answer in time.
+AT_ONCE = 200
 _IMPATIENT = {
     "socket_timeout": ANSWER_S,
     "socket_connect_timeout": ANSWER_S,
@@ -90,6 +94,8 @@ class Bell:
             broker_connection_timeout=ANSWER_S,
             broker_transport_options={**transport_options(broker_url), **_IMPATIENT},
         )
+        if self.rings:
+            self._app.conf.broker_transport = "jobs.envelopes:RedisTransport"
 
     def ring(self, jobs: Iterable[Rung]) -> int:
         """Ring for each job, up to the first that the broker refuses; how many rang. Never raises for the broker."""
@@ -99,10 +105,11 @@ class Bell:
         began = self._clock()
         try:
             with self._app.producer_or_acquire() as producer:
-                for job in jobs:
+                envelopes: dict[tuple[str, int], Envelope] = {}
+                for some in _bunches(jobs):
                     began = self._clock()
-                    self._send(job, producer=producer)
-                    rung += 1
+                    self._push(some, envelopes, producer)
+                    rung += len(some)
         except Exception as error:  # redis', kombu's and the socket's own kinds; none of them may undo a commit
             took_s = self._clock() - began
             if took_s >= ANSWER_S / 4:  # a refusal costs nothing, and may be over with the next submit
@@ -125,6 +132,23 @@ class Bell:
             channel = connection.default_channel
             return sum(channel.queue_declare(queue=queue_name(model)).message_count for model in models)
 
+    def _push(self, jobs: Sequence[Rung], envelopes: dict[tuple[str, int], Envelope], producer: Producer) -> None:
+        """Ring for jobs of one model and priority, at once. `envelopes`: of those that were rung for before."""
+        kind = _kind(jobs[0])
+        if kind not in envelopes:
+            envelopes[kind] = self._envelope(jobs[0], producer)
+        push(producer, envelopes[kind], [str(job.id) for job in jobs])
+
+    def _envelope(self, job: Rung, producer: Producer) -> Envelope:
+        channel: Any = producer.channel
+        kept: list[Kept] = []
+        channel.keeps = kept
+        try:
+            self._send(job, producer=producer)
+        finally:
+            channel.keeps = None
+        return Envelope(kept[0], str(job.id))
+
     def _send(self, job: Rung, *, producer: Producer) -> None:
         self._app.send_task(
             TASK,
@@ -142,3 +166,16 @@ class Bell:
     def close(self) -> None:
         """Close the connections to the broker."""
         self._app.close()
+
+
+def _bunches(jobs: Iterable[Rung]) -> Iterator[Sequence[Rung]]:
+    """Jobs of one model and priority, at most `AT_ONCE` of them, in their order."""
+    left = iter(jobs)
+    while window := sorted(islice(left, 5 * AT_ONCE), key=_kind):
+        for _, alike in groupby(window, key=_kind):
+            while some := list(islice(alike, AT_ONCE)):
+                yield some
+
+
+def _kind(job: Rung) -> tuple[str, int]:
+    return job.model, -job.priority

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,16 @@ def _spec(raw: _Raw, common: Mapping[str, str], folder: Path) -> JobSpec:
         spec = read_spec({**from_words(missing), **fields}, from_text=True)
     else:
         # JSON has types, the common options have not: those are read from their written form first.
-        written = read_alone(missing)
-        spec = read_spec({**{field: getattr(written, field) for field in missing}, **fields})
+        spec = read_spec({**_typed(tuple(missing.items())), **fields})
     # A path among the defaults is relative to where the command was typed, and stays as it is.
     own = [field for field in PICTURES if field in raw.fields and isinstance(getattr(spec, field), Path)]
     return spec.model_copy(update={field: folder / getattr(spec, field) for field in own}) if own else spec
+
+
+@lru_cache(maxsize=64)  # rows lack the same few fields, again and again
+def _typed(written: tuple[tuple[str, str], ...]) -> Mapping[str, object]:
+    spec = read_alone(dict(written)) if written else None
+    return {field: getattr(spec, field) for field, _ in written}
 
 
 def read_alone(common: Mapping[str, str]) -> JobSpec:
@@ -80,9 +86,9 @@ def read_alone(common: Mapping[str, str]) -> JobSpec:
 def _fitting(common: Mapping[str, str], own: Mapping[str, Any]) -> dict[str, str]:
     """The common fields that mean something in this row: a common strength is for the rows that have a picture."""
     kept = dict(common)
-    for field, need in NEEDS.items():
-        row = {**from_words(kept), **own}
-        if field in kept and not need.met(row.get(need.of, JobSpec.model_fields[need.of].default)):
+    for field in [field for field in NEEDS if field in common]:
+        need, row = NEEDS[field], {**from_words(kept), **own}
+        if not need.met(row.get(need.of, JobSpec.model_fields[need.of].default)):
             del kept[field]
     return kept
 
@@ -121,7 +127,7 @@ def _read_txt(path: Path, text: str) -> Iterator[_Raw]:
 def _read_jsonl(path: Path, text: str) -> Iterator[_Raw | Row]:
     for number, line in _lines(text):
         try:
-            fields = json.loads(line, parse_constant=_no_constant)
+            fields = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             yield Row(number, None, (FieldError("", f"is no JSON: {reason}"),))
@@ -134,6 +140,9 @@ def _read_jsonl(path: Path, text: str) -> Iterator[_Raw | Row]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def _read_csv(path: Path, text: str) -> Iterator[_Raw | Row]:

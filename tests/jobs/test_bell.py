@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -17,7 +20,7 @@ import redis
 from celery import Celery
 
 from jobs import Client, Settings, State
-from jobs.bell import ANSWER_S, REST_TIMES, TASK, Bell, queue_name, transport_options
+from jobs.bell import ANSWER_S, AT_ONCE, REST_TIMES, TASK, Bell, queue_name, transport_options
 from jobs.views import Due
 from tests.servers import free_port
 
@@ -146,3 +149,46 @@ def test_the_embedded_bell_is_silent(settings: Settings) -> None:
         view = client.submit("a")
     assert bell.ring([Due(view.id, "nightshift-mini", 0)]) == 0
     bell.close()
+
+
+def raw(url: str, model: str) -> list[dict[str, Any]]:
+    """The envelopes in the broker, as they lie there; the first to be heard comes first."""
+    with redis.Redis.from_url(url) as client:
+        (name,) = [key for key in client.keys(f"*{queue_name(model)}*") if b"_kombu" not in key]
+        return [json.loads(text) for text in reversed(client.lrange(name, 0, -1))]
+
+
+def without_ids(envelope: Any) -> Any:
+    """The envelope with its body opened and every id in it replaced: what is left is the same for all jobs."""
+    body = base64.b64decode(envelope["body"]).decode()
+    return json.loads(re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "id", json.dumps(envelope | {"body": body})))
+
+
+def test_an_envelope_that_was_copied_is_the_one_that_celery_writes(bell: Bell, redis_url: str) -> None:
+    first, second, third = due(3)
+    bell.send(first)
+    bell.ring([second, third])
+    by_celery, *copies = raw(redis_url, "m")
+    for copy, job in zip(copies, (second, third), strict=True):
+        assert without_ids(copy) == without_ids(by_celery)
+        assert json.loads(base64.b64decode(copy["body"]))[0] == [str(job.id)]
+        assert str(job.id) in copy["headers"]["argsrepr"]
+        assert copy["headers"]["id"] == copy["headers"]["root_id"] == copy["properties"]["correlation_id"]
+
+
+def test_a_thousand_bells_come_in_their_order_each_with_ids_of_its_own(bell: Bell, redis_url: str) -> None:
+    jobs = due(2 * AT_ONCE + 1)
+    assert bell.ring(jobs) == len(jobs)
+    envelopes = raw(redis_url, "m")
+    assert [json.loads(base64.b64decode(one["body"]))[0][0] for one in envelopes] == [str(job.id) for job in jobs]
+    for ids in ([one["headers"]["id"] for one in envelopes], [one["properties"]["delivery_tag"] for one in envelopes]):
+        assert len(set(ids)) == len(jobs)
+
+
+def test_bells_of_many_kinds_each_come_to_their_queue(bell: Bell, redis_url: str) -> None:
+    kinds = [Due(uuid4(), model, priority) for _ in range(3) for model in ("m", "other") for priority in (0, 9)]
+    assert bell.ring(kinds) == 12
+    for model in ("m", "other"):
+        ids = [message["body"][0][0] for message in heard(redis_url, model, 6)]  # type: ignore[index]
+        ours = [job for job in kinds if job.model == model]
+        assert ids == [str(job.id) for job in sorted(ours, key=lambda job: -job.priority)]
