@@ -37,6 +37,8 @@ ALLOWED: Mapping[str, str] = {
     "steps": f"a whole number from 1 to {MAX_STEPS}",
     "guidance": "a number from 0 to 50, or none for unguided",
     "guidance_rescale": "a number from 0 to 1",
+    "guidance_start": "a number from 0, below 1",
+    "guidance_stop": "a number above 0, at most 1",
     "sampler": f"{_ONE_SPACING}; or, each also with _karras or _exponential: {_ALL_SPACINGS}",
     "eta": "a number from 0 to 1",
     "clip_skip": f"a whole number from 1 to {MAX_CLIP_SKIP}",

@@ -38,6 +38,10 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "clip_skip": ("N", "layer of the text encoder, counted from its last, which is 1"),
         "noise": ("KIND", "whose random numbers: torch's on a CPU, or a CUDA device's"),
     },
+    "Faster, but another picture": {
+        "guidance_start": ("SHARE", "share of the steps before which none is guided"),
+        "guidance_stop": ("SHARE", "share of the steps after which none is guided"),
+    },
     "From a picture": {
         "init_image": ("PATH", "what is started from"),
         "strength": ("S", "how much of it is drawn anew"),

@@ -52,6 +52,8 @@ class JobSpec(BaseModel):
     steps: Steps = 20
     guidance: Annotated[float, Field(ge=0, le=50)] | None = 7.5
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    guidance_stop: Share = 1.0
     sampler: Sampler = samplers.DEFAULT
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_skip: Annotated[int, Field(ge=1, le=MAX_CLIP_SKIP)] = 1

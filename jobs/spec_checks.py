@@ -52,6 +52,7 @@ class Need:
     stand_in: str
 
 
+_GUIDED = Need("guidance", "a guidance above 1", _guided, "7.5")
 _INIT = Need("init_image", "an init_image", _given, "-")
 _MASK = Need("mask", "a mask", _given, "-")
 _UPSCALE = Need("upscale", "upscale", _given, "1.01")
@@ -64,7 +65,9 @@ NEEDS: Mapping[str, Need] = {
     "upscale_strength": _UPSCALE,
     "upscale_steps": _UPSCALE,
     "upscale_by": _UPSCALE,
-    "guidance_rescale": Need("guidance", "a guidance above 1", _guided, "7.5"),
+    "guidance_rescale": _GUIDED,
+    "guidance_start": _GUIDED,
+    "guidance_stop": _GUIDED,
     "eta": Need("sampler", "the sampler ddim", _is_ddim, "ddim"),
 }
 
@@ -85,7 +88,7 @@ def with_stand_ins(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def complaints(spec: JobSpec) -> list[FieldError]:
     """Everything that keeps these fields from going together."""
-    return [*_idle(spec), *_too_few_steps(spec), *_seed(spec), *size_complaints(spec)]
+    return [*_idle(spec), *_interval(spec), *_too_few_steps(spec), *_seed(spec), *size_complaints(spec)]
 
 
 def _idle(spec: JobSpec) -> Iterator[FieldError]:
@@ -98,6 +101,15 @@ def _idle(spec: JobSpec) -> Iterator[FieldError]:
 @cache
 def _defaults(kind: type[JobSpec]) -> Mapping[str, object]:
     return {field: kind.model_fields[field].default for field in NEEDS}
+
+
+def _interval(spec: JobSpec) -> Iterator[FieldError]:
+    if not spec.guidance_start < spec.guidance_stop:
+        yield FieldError(
+            "guidance_stop",
+            f"{spec.guidance_stop:g} is not allowed; allowed: above guidance_start, {spec.guidance_start:g}; "
+            "guidance none is unguided throughout",
+        )
 
 
 def _too_few_steps(spec: JobSpec) -> Iterator[FieldError]:

@@ -33,6 +33,8 @@ class Request:
 
     guidance: classifier-free guidance scale; None or at most 1 means unguided, one U-Net row instead of two.
     guidance_rescale: 0 to 1, how far guided predictions are brought back to the deviation of those with the prompt.
+    guidance_start, guidance_stop: shares of a pass's steps; those before and after are unguided, one U-Net row instead
+    of two, and the picture is another one (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     eta: 0 (deterministic) to 1 (as noisy as DDPM), for the sampler `ddim` only.
     clip_skip: which layer of the text encoder is taken, counted from the last: 1 is the last, 2 the one before.
     width, height: pixels, multiples of 8; None takes the init image's size (rounded down to 8) or the model's own.
@@ -58,6 +60,8 @@ class Request:
     steps: int = 20
     guidance: float | None = 7.5
     guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
     sampler: str = "dpmpp_2m_karras"
     eta: float = 0.0
     clip_skip: int = 1
@@ -83,6 +87,7 @@ class Request:
         if self.guidance is not None:
             _number("guidance", self.guidance, 0.0, MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}, or None")
         _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0, "a number from 0 to 1")
+        self._check_interval()
         _choice("sampler", self.sampler, SAMPLERS)
         _number("eta", self.eta, 0.0, 1.0, "a number from 0 to 1")
         _whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)
@@ -95,6 +100,13 @@ class Request:
         _side("height", self.height)
         self._check_upscale()
         self._check_pictures()
+
+    def _check_interval(self) -> None:
+        _number("guidance_start", self.guidance_start, 0.0, math.nextafter(1.0, 0.0), "a number from 0, below 1")
+        _number("guidance_stop", self.guidance_stop, math.ulp(0.0), 1.0, "a number above 0, at most 1")
+        if not self.guidance_start < self.guidance_stop:
+            allowed = f"above guidance_start, {self.guidance_start:g}"
+            raise InvalidRequest("guidance_stop", self.guidance_stop, allowed, "guidance=None is unguided throughout")
 
     def _check_upscale(self) -> None:
         if self.upscale is not None:
@@ -121,7 +133,14 @@ class Request:
 
     @property
     def guided(self) -> bool:
+        """Whether any step may be."""
         return self.guidance is not None and self.guidance > 1
+
+    def guided_steps(self, steps: int) -> range:
+        """Which of so many steps are guided; bounds are rounded down, as the reference's guiders do."""
+        if not self.guided:
+            return range(0)
+        return range(int(self.guidance_start * steps), int(self.guidance_stop * steps))
 
     def size(self, model_height: int, model_width: int) -> tuple[int, int]:
         """(height, width) in pixels: as asked, else the init image's rounded down to 8, else the model's own.

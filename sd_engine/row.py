@@ -61,12 +61,13 @@ class Row:
     """One image in flight: the only mutable state of the engine, changed only by a step that succeeded.
 
     The runner fills the second half. state: float32 [SLOTS, C, h, w], x and the memory of the step table (`samplers`).
-    contexts: the encoded prompts, one for each U-Net row. noise: the image's own source of every draw it ever makes;
-    drawn: what it drew for a step that has not succeeded yet.
+    contexts: the encoded prompts, one for each U-Net row of a guided step, the prompt itself last. noise: the image's
+    own source of every draw it ever makes; drawn: what it drew for a step that has not succeeded yet.
     condition: float32 [5, h, w], the further channels of an inpainting U-Net.
     second: the row that goes on when this one is done (`passes`), with the steps made before it, and, as soon as they
     are made, first_pass: the latent that it starts from, and began: the state of the source of noise at that moment.
     resume: where the row goes on as soon as it is prepared.
+    urgent: somebody waits for this picture; it goes before the others (`packer`).
     """
 
     id: int
@@ -87,6 +88,7 @@ class Row:
     first_pass: torch.Tensor | None = field(default=None, repr=False)
     began: torch.Tensor | None = field(default=None, repr=False)
     resume: Saved | None = field(default=None, repr=False)
+    urgent: bool = False
 
     @property
     def latent(self) -> torch.Tensor | None:
@@ -95,17 +97,29 @@ class Row:
 
     @property
     def guided(self) -> bool:
-        return self.request.guided
+        """Whether the step that comes is."""
+        return self.step in self.request.guided_steps(len(self.table))
 
     @property
     def unet_rows(self) -> int:
-        """Rows of the U-Net's batch: with and without prompt when guided."""
+        """Rows of the U-Net's batch in the step that comes: without and with prompt when guided."""
         return 2 if self.guided else 1
 
     @property
     def units(self) -> int:
-        """What a step of this row costs: U-Net rows times latent area."""
+        """What the step that comes costs: U-Net rows times latent area."""
         return self.unet_rows * self.lane.cells
+
+    @property
+    def most_units(self) -> int:
+        """What the dearest of its steps to come costs."""
+        guided = self.request.guided_steps(len(self.table))
+        return (2 if max(self.step, guided.start) < guided.stop else 1) * self.lane.cells
+
+    @property
+    def texts(self) -> tuple[Context, ...]:
+        """What its U-Net rows of the step that comes attend to: the prompt comes last."""
+        return self.contexts[-self.unet_rows :]
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -110,7 +110,7 @@ class Runner:
         if rows[0].condition is not None:  # a U-Net for inpainting: every row of its lane has one
             condition_BCHW = torch.stack([_there(row.condition) for row in rows])
             x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
-        contexts = [context for row in rows for context in row.contexts]
+        contexts = [context for row in rows for context in row.texts]
         contexts += contexts[-1:] * (len(spread.source_U) - len(contexts))
         context = join(contexts, apart=self.bucket(rows[0].lane) > 0)
         with model.at_work("unet"):

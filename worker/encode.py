@@ -74,6 +74,8 @@ def parameters_text(spec: JobSpec, seed: int, width: int, height: int) -> str:
         "RNG": _RNG[spec.noise],
         "Eta DDIM": f"{spec.eta:g}" if spec.eta else None,
         "CFG rescale": f"{spec.guidance_rescale:g}" if spec.guidance_rescale else None,
+        "Skip Early CFG": f"{spec.guidance_start:g}" if spec.guidance_start else None,
+        "CFG stop": f"{spec.guidance_stop:g}" if spec.guidance_stop < 1 else None,
         "Mask blur": None if spec.mask is None else f"{spec.mask_blur:g}",
         **_second_pass(spec),
     }

@@ -59,6 +59,8 @@ POOL = (
     ),
     Request("a red cat at " * 30, seed=26, steps=3, guidance=5.0, sampler="ddpm", width=64, height=64),
     Request("(red:1.4) BREAK [cat]", seed=27, steps=3, guidance=5.0, sampler="ddim", width=64, height=64, clip_skip=2),
+    # Every choice that makes another picture.
+    Request("red", seed=29, steps=8, guidance=6.0, guidance_start=0.25, guidance_stop=0.7, width=64, height=64),
     Request("cat", seed=28, steps=3, guidance=9.0, guidance_rescale=0.7, sampler="euler", width=64, height=64),
 )
 

@@ -32,6 +32,8 @@ PICTURE = np.zeros((64, 72, 3), np.uint8)
         "height": [0, 56, 100, 4104, 512.0, True, "512"],
         "model": [3, b"mini"],
         "guidance_rescale": [-0.1, 1.1, True, None],
+        "guidance_start": [-0.1, 1, "0", None],
+        "guidance_stop": [-0.1, 0, 1.1, True, None],
         "eta": [-0.1, 1.1, "0", None],
         "clip_skip": [0, 13, 1.0, True, None],
         "mask": [PICTURE[..., 0]],  # of no picture
@@ -68,6 +70,8 @@ def test_a_bad_value_is_refused_by_field_value_and_range(field: str, values: lis
         "height": [None, 64, 4096],
         "model": [None, "mini"],
         "guidance_rescale": [0, 1],
+        "guidance_start": [0, 0.999],
+        "guidance_stop": [0.001, 1],
         "eta": [0, 1.0],
         "clip_skip": [1, 12],
         "mask_blur": [0, 256],
@@ -137,6 +141,23 @@ def test_a_guided_row_takes_two_unet_rows(guidance: float | None, unet_rows: int
     table = step_table("ddim", NoiseSchedule(), 3)
     row = Row(1, Request("a cat", guidance=guidance), Lane("mini", 64, 128), table)
     assert (row.guided, row.unet_rows, row.units) == (unet_rows == 2, unet_rows, unet_rows * 8 * 16)
+
+
+def test_a_row_takes_two_unet_rows_where_its_guidance_is_and_one_before_and_after() -> None:
+    request = Request("a cat", guidance_start=0.25, guidance_stop=0.8)
+    row = Row(1, request, Lane("mini", 64, 64), step_table("ddim", NoiseSchedule(), 8))
+    seen = []
+    while not row.done:
+        seen.append((row.unet_rows, row.most_units // 64))
+        row.step += 1
+    # int(0.25 * 8) = 2 and int(0.8 * 8) = 6, as the reference's guiders round.
+    assert seen == [(1, 2)] * 2 + [(2, 2)] * 4 + [(1, 1)] * 2
+
+
+def test_guidance_that_stops_before_it_starts_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InvalidRequest, match=r"guidance_stop=0.3 .* above guidance_start, 0.5; guidance=None is"):
+        Request("a cat", guidance_start=0.5, guidance_stop=0.3)
+    assert Request("a cat", guidance_start=0.5, guidance_stop=0.55).guided_steps(10) == range(5, 5)
 
 
 def test_a_row_is_done_after_its_last_line_and_leaves_when_done_cancelled_or_failed() -> None:

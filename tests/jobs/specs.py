@@ -15,6 +15,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_s
 )
 SIDE = st.none() | st.integers(8, 256).map(lambda n: n * 8)
 
+INTERVAL = st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True).map(sorted)
+
 
 def share(steps: int) -> st.SearchStrategy[float]:
     """A strength that leaves at least one of these steps."""
@@ -36,6 +38,7 @@ def specs(draw: st.DrawFn, *, init_image: str | None = None, mask: str | None = 
         fields["eta"] = draw(st.floats(0, 1))
     if (fields["guidance"] or 0) > 1:
         fields["guidance_rescale"] = draw(st.floats(0, 1))
+        fields["guidance_start"], fields["guidance_stop"] = draw(INTERVAL)
     return JobSpec(**fields)
 
 

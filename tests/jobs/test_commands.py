@@ -112,6 +112,8 @@ def test_submit_takes_every_field_of_a_spec(tmp_path: Path) -> None:
         "eta": 0.5,
         "guidance": 3.0,
         "guidance_rescale": 0.25,
+        "guidance_start": 0.125,
+        "guidance_stop": 0.75,
         "clip_skip": 2,
         "noise": "cuda",
         "init_image": tmp_path / "init.png",

@@ -81,6 +81,8 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("sampler", "plums"),
         ("sampler", 3),
         ("guidance_rescale", 1.1),
+        ("guidance_start", -0.1),
+        ("guidance_stop", 1.1),
         ("eta", -0.1),
         ("clip_skip", 0),
         ("clip_skip", 13),
@@ -132,6 +134,9 @@ def test_a_bad_value_is_refused_with_field_and_allowed_range(field: str, value: 
         ({"eta": 0.5, "sampler": "DDPM"}, "eta"),
         ({"guidance_rescale": 0.5, "guidance": None}, "guidance_rescale"),
         ({"guidance_rescale": 0.5, "guidance": 1.0}, "guidance_rescale"),
+        ({"guidance_start": 0.5, "guidance": None}, "guidance_start"),
+        ({"guidance_stop": 0.5, "guidance": 1.0}, "guidance_stop"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.5}, "guidance_stop"),
         ({"upscale": 2.0, "steps": 1}, "upscale_strength"),
         ({"upscale": 2.0, "upscale_steps": 3, "upscale_strength": 0.3}, "upscale_strength"),
         ({"upscale": 2.5, "width": 2048}, "upscale"),
@@ -247,6 +252,8 @@ def test_all_that_the_engine_knows_can_be_asked_for() -> None:
 
 PROBES: dict[str, list[Any]] = {
     "guidance_rescale": [-0.01, 0, 0.5, 1, 1.01],
+    "guidance_start": [-0.01, 0, 0.5, 1, 1.01],
+    "guidance_stop": [-0.01, 0, 0.5, 1, 1.01],
     "eta": [-0.01, 0, 0.5, 1, 1.01],
     "clip_skip": [0, 1, 2, 12, 13, 1.5],
     "strength": [0, 0.05, 1, 1.01],
