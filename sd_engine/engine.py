@@ -80,9 +80,11 @@ class Engine:
         self.runner.denoise(self.packer.pack(), self.packer.too_large)
         return self._leave(self.runner.decode(self._ended(self.packer.retire())))
 
-    def add(self, request: Request, saved: bytes | None = None) -> int:
+    def add(self, request: Request, saved: bytes | None = None, *, urgent: bool = False) -> int:
         """Take a request in and return its id. Raises InvalidRequest, and then nothing was added.
 
+        urgent: somebody waits for it. It is taken in at once and goes first, in packs with none but its like; the
+        others keep what they have, and go on meanwhile only as far as `Packer` promises them.
         saved: what `save` gave of this request, here or elsewhere: it goes on exactly there. Raises SavedRowUnusable
         for bytes that are damaged, or of another request, model, step table or version.
         """
@@ -91,7 +93,7 @@ class Engine:
         model_name = request.model if request.model is not None else next(iter(self.models))
         if model_name not in self.models:
             raise InvalidRequest("model", model_name, "one of " + ", ".join(self.models))
-        row = first_row(next(self._ids), request, model_name, self.models[model_name])
+        row = first_row(next(self._ids), request, model_name, self.models[model_name], urgent=urgent)
         row = self.saver.load(row, saved or b"")
         self.packer.add(row)
         self._rows[row.id] = row

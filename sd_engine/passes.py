@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from sd_engine.model import Model
 
 
-def first_row(id: int, request: Request, model_name: str, model: Model) -> Row:
-    """The row of a new request, with the row of its second pass at hand.
+def first_row(id: int, request: Request, model_name: str, model: Model, *, urgent: bool = False) -> Row:
+    """The row of a new request, with the row of its second pass at hand, as urgent.
 
     Raises InvalidRequest for what the model cannot lay out or draw, of either pass.
     """
     size = request.size(*model.size)
     strength = None if request.init_image is None else request.strength
-    row = Row(id, request, Lane(model_name, *size), _table(request, model, request.steps, strength))
+    table = _table(request, model, request.steps, strength)
+    row = Row(id, request, Lane(model_name, *size), table, urgent=urgent)
     if request.upscale is not None:
         table = _table(request, model, request.upscale_steps or request.steps, request.upscale_strength)
-        row.second = Row(id, request, Lane(model_name, *request.larger(*size)), table, steps_before=len(row.table))
+        larger, before = Lane(model_name, *request.larger(*size)), len(row.table)
+        row.second = Row(id, request, larger, table, steps_before=before, urgent=urgent)
     return row
 
 

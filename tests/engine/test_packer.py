@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count
+from itertools import count, product
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd_engine.errors import BrokenInvariant
-from sd_engine.packer import Packer
+from sd_engine.packer import URGENT_RUN, Packer
 from sd_engine.request import Request
 from sd_engine.row import Lane, Row
 from sd_engine.samplers import SLOTS, Col, StepTable
@@ -21,9 +21,9 @@ CELLS = 64  # units of an unguided row of the first lane: 8 x 8 latent pixels
 _ids = count(1)
 
 
-def new_row(lane: Lane = LANES[0], *, guided: bool = False, steps: int = 3) -> Row:
+def new_row(lane: Lane = LANES[0], *, guided: bool = False, steps: int = 3, urgent: bool = False) -> Row:
     table = StepTable(np.zeros((steps, len(Col))), np.zeros((steps, SLOTS, SLOTS + 1)), 1.0, 1.0, 1.0)
-    return Row(next(_ids), Request("x", guidance=7.5 if guided else None), lane, table)
+    return Row(next(_ids), Request("x", guidance=7.5 if guided else None), lane, table, urgent=urgent)
 
 
 def step(packer: Packer) -> tuple[list[Row], list[Row]]:
@@ -40,7 +40,7 @@ def step(packer: Packer) -> tuple[list[Row], list[Row]]:
 
 
 def assert_within_limits(packer: Packer, packed: list[Row]) -> None:
-    assert len({row.lane for row in packed}) <= 1
+    assert len({(row.lane, row.urgent) for row in packed}) <= 1
     assert len(set(map(id, packed))) == len(packed)
     assert not any(row.cancelled or row.error for row in packed)
     if len(packed) > 1:
@@ -49,8 +49,11 @@ def assert_within_limits(packer: Packer, packed: list[Row]) -> None:
 
 
 rows = st.builds(new_row, st.sampled_from(LANES), guided=st.booleans(), steps=st.integers(1, 6))
+some_urgent = st.builds(
+    new_row, st.sampled_from(LANES), guided=st.booleans(), steps=st.integers(1, 6), urgent=st.booleans()
+)
 events = st.one_of(
-    st.tuples(st.just("add"), rows),
+    st.tuples(st.just("add"), some_urgent),
     st.tuples(st.just("step"), st.none()),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
     st.tuples(st.just("fail"), st.integers(0, 30)),
@@ -118,7 +121,7 @@ def test_no_admitted_row_waits_longer_than_one_round_of_the_lanes(
 
 
 @settings(deadline=None)
-@given(st.lists(rows, min_size=1, max_size=20), st.integers(1, 12 * CELLS), st.integers(1, 5))
+@given(st.lists(some_urgent, min_size=1, max_size=20), st.integers(1, 12 * CELLS), st.integers(1, 5))
 def test_rows_of_a_lane_are_admitted_in_the_order_they_came(added: list[Row], max_units: int, max_rows: int) -> None:
     packer = Packer(max_units, max_rows)
     for row in added:
@@ -129,8 +132,92 @@ def test_rows_of_a_lane_are_admitted_in_the_order_they_came(added: list[Row], ma
         for row in packer.pack():
             row.step += 1
         packer.retire()
-    for lane in LANES:
-        assert [row.id for row in admitted if row.lane == lane] == [row.id for row in added if row.lane == lane]
+    for lane, urgent in product(LANES, (False, True)):
+        came, went = (
+            [row.id for row in all_rows if (row.lane, row.urgent) == (lane, urgent)] for all_rows in (added, admitted)
+        )
+        assert went == came
+
+
+@settings(deadline=None)
+@given(
+    st.lists(rows, min_size=1, max_size=20),
+    st.lists(st.sampled_from(LANES), min_size=1, max_size=4),
+    st.integers(1, 12 * CELLS),
+    st.integers(1, 6),
+)
+def test_an_endless_stream_of_urgent_rows_starves_nobody(
+    added: list[Row], urgent_lanes: list[Lane], max_units: int, urgent_run: int
+) -> None:
+    """Somebody always waits for a picture, in one lane or several, and still every other row ends, within a bound."""
+    packer = Packer(max_units, max_rows=3, urgent_run=urgent_run)
+    for row in added:
+        packer.add(row)
+    packs_without = 0
+    left = sum(len(row.table) for row in added)
+    for turn in range(left * (urgent_run + 1)):
+        packer.add(new_row(urgent_lanes[turn % len(urgent_lanes)], steps=1, urgent=True))
+        packer.add(new_row(urgent_lanes[turn % len(urgent_lanes)], steps=1, urgent=True))
+        packed, _ = step(packer)
+        packs_without = packs_without + 1 if packed[0].urgent else 0
+        if all(row.done for row in added):
+            return
+        assert packs_without <= urgent_run
+    raise AssertionError("every run of urgent packs is followed by one that moves another row")
+
+
+@settings(deadline=None)
+@given(st.lists(rows, max_size=20), st.integers(0, 10), st.sampled_from(LANES), st.integers(1, 12 * CELLS))
+def test_an_urgent_row_moves_with_every_pack_from_its_arrival_on(
+    added: list[Row], before: int, lane: Lane, max_units: int
+) -> None:
+    """However many rows wait, and whatever is admitted; it shares its packs with nobody, so its steps are short."""
+    packer = Packer(max_units, max_rows=5)
+    for row in added:
+        packer.add(row)
+    for _ in range(before):
+        step(packer)
+    urgent = new_row(lane, guided=True, steps=URGENT_RUN, urgent=True)
+    packer.add(urgent)
+    for _ in range(URGENT_RUN - 1):
+        assert step(packer)[0] == [urgent]
+    assert step(packer) == ([urgent], [urgent])
+
+
+def test_the_others_neither_step_nor_are_prepared_while_somebody_waits_for_a_picture() -> None:
+    packer = Packer(max_units=2 * CELLS)
+    first, second, third = new_row(steps=2), new_row(steps=2), new_row(LANES[2], steps=1)
+    packer.add(first)
+    assert step(packer)[0] == [first]
+    packer.add(second)
+    packer.add(third)
+    urgent = new_row(steps=2, urgent=True)
+    packer.add(urgent)
+    assert packer.admit() == [urgent]
+    assert step(packer) == ([urgent], [])
+    assert step(packer) == ([urgent], [urgent])
+    assert (first.step, second.step, third.step) == (1, 0, 0)
+    assert step(packer) == ([first, second], [first])
+
+
+def test_urgent_rows_of_several_lanes_take_turns_with_each_other() -> None:
+    packer = Packer(max_units=4 * CELLS)
+    packer.add(new_row(steps=9))
+    urgent = [new_row(lane, steps=3, urgent=True) for lane in (*LANES[:2], LANES[0])]
+    for row in urgent:
+        packer.add(row)
+    assert [step(packer)[0] for _ in range(3)] == [[urgent[0], urgent[2]], [urgent[1]], [urgent[0], urgent[2]]]
+
+
+def test_urgent_rows_that_had_no_company_leave_their_run_unspent() -> None:
+    """The others wait for a whole run only where one began after they had come."""
+    packer = Packer(max_units=4 * CELLS)
+    packer.add(new_row(steps=3 * URGENT_RUN, urgent=True))
+    for _ in range(2 * URGENT_RUN):
+        step(packer)
+    other = new_row(steps=1)
+    packer.add(other)
+    assert [other in step(packer)[0] for _ in range(URGENT_RUN + 1)] == [False] * URGENT_RUN + [True]
 
 
 def test_rows_join_and_leave_at_every_step() -> None:
