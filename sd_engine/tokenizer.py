@@ -1,4 +1,4 @@
-"""Text to token ids: a thin wrapper of transformers' CLIP tokenizer, read from a folder's own files."""
+"""Text to token ids: a thin wrapper of the tokenizers library, over CLIP's vocabulary in a folder's own files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer as Words
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from sd_engine.errors import WeightsError
+from sd_engine.tokenizer_files import Settings, read_settings, read_words
 
 _FILES = ("vocab.json", "merges.txt")
 _COMMA = ",</w>"
@@ -24,13 +25,13 @@ class Tokenizer:
     comma: the id of a comma that ends a word; None for a vocabulary without it.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, max_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, words: Words, settings: Settings, max_tokens: int) -> None:
+        self._words = words
         self.max_tokens = max_tokens
-        self.start: int = tokenizer.bos_token_id
-        self.end: int = tokenizer.eos_token_id
-        self.pad: int = tokenizer.pad_token_id
-        self.comma: int | None = tokenizer.get_vocab().get(_COMMA)
+        self.start = words.token_to_id(settings.start.content)
+        self.end = words.token_to_id(settings.end.content)
+        self.pad = words.token_to_id(settings.pad.content)
+        self.comma: int | None = words.token_to_id(_COMMA)
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_tokens: int = 77) -> Tokenizer:
@@ -45,27 +46,28 @@ class Tokenizer:
                 f"tokenizer folder {folder} lacks {', '.join(missing)}; copy them from the model's source"
             )
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            settings = read_settings(folder)
+            words = read_words(folder, settings)
         except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot read
             raise WeightsError(f"tokenizer folder {folder} cannot be read: {' '.join(str(error).split())}") from error
-        limit: object = tokenizer.model_max_length
+        limit = settings.limit
         if not isinstance(limit, int | float) or not limit >= _LEAST_TOKENS:
             raise WeightsError(
                 f"tokenizer folder {folder}: model_max_length={limit!r} is not allowed: a number from {_LEAST_TOKENS} "
                 "on; copy tokenizer_config.json from the model's source"
             )
-        return cls(tokenizer, int(min(max_tokens, limit)))
+        return cls(words, settings, int(min(max_tokens, limit)))
 
     @property
     def vocab_size(self) -> int:
         """How many ids there are: one more than the largest."""
-        return max(self._tokenizer.get_vocab().values()) + 1
+        return max(self._words.get_vocab().values()) + 1
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text's words, without start and end, however many they are."""
         # Half of a surrogate pair, which JSON can carry, has no bytes and would raise; it is drawn as a question mark.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self._words.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode(self, texts: Sequence[str]) -> Tensor:

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jobs", "migrations", "sd_engine", "worker")
 
-_TENSORS = {"torch", "numpy", "safetensors", "transformers"}
-_REFERENCE = {"diffusers", "accelerate"}  # compared with in tests and benchmarks, never needed to render
+_TENSORS = {"torch", "numpy", "safetensors", "tokenizers"}
+_REFERENCE = {"diffusers", "transformers", "accelerate"}  # compared with in tests and benchmarks, never needed to render
 _QUEUE = {"celery", "kombu", "redis"}
 _SQL = {"sqlalchemy", "alembic", "psycopg", "sqlite3"}
 _NETWORK = {"boto3", "botocore", "http", "requests", "socket", "urllib"}

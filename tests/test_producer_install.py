@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
 BUILD_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "jobs", "migrations", "sd_engine", "worker")
-NOT_ON_A_PRODUCER = ("torch", "numpy", "transformers", "safetensors", "diffusers", "boto3", "psycopg")
+NOT_ON_A_PRODUCER = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "diffusers", "boto3", "psycopg")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from worker.exit_codes import BROKEN, UNAVAILABLE, WRONG_SETTINGS
 from worker.reasons import BrokerUnavailable, HubUnavailable
 
 #: What the extra `worker` installs and the base does not.
-_EXTRA = ("torch", "numpy", "safetensors", "transformers", "huggingface_hub")
+_EXTRA = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub")
 _AWAY = (DatabaseUnavailable, StorageError, BrokerUnavailable, HubUnavailable)
 
 
