@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sd_engine.errors import WeightsError
 from sd_engine.keymaps import KeyMap, Place
@@ -31,6 +34,25 @@ class Source:
 
     key: str
     place: Place
+
+
+class Uninitialized(TorchFunctionMode):
+    """Modules made within keep the numbers that they happen to be made with: a file's come in their place.
+
+    On `meta` there is nothing to initialize either, but PyTorch finds that out anew, slowly, for each parameter.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Skip what fills a tensor in place: its first argument, which some callers name."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _INITIALIZERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_INITIALIZERS = frozenset({"uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_"})
 
 
 def fill(module: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
@@ -108,7 +130,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether every number is finite. By the extremes: they carry NaN along, and need no memory."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.half()  # PyTorch finds no extremes of float8; all of its numbers are float16's too
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all()) if tensor.numel() else True
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax()) if tensor.numel() else True
 
 
 def not_finite(key: str, read: Tensor, dtype: torch.dtype) -> str:

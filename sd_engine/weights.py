@@ -17,7 +17,7 @@ from torch import Tensor
 from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.errors import WeightsError
-from sd_engine.filling import fill
+from sd_engine.filling import Uninitialized, fill
 from sd_engine.model import Configs, Model
 from sd_engine.offload import Place, pin
 from sd_engine.prompts.embeddings import load_embeddings
@@ -90,7 +90,7 @@ def _empty_model(checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddin
             f"the tokenizer in {tokenizer} has {words.vocab_size} tokens, the text encoder only "
             f"{configs.text.vocab_size}; use the tokenizer that the model was trained with"
         )
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
     return Model(
         checkpoint.name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload,
