@@ -18,6 +18,7 @@ MAX_STEPS = 1000
 MAX_IMAGES = 64
 MAX_SIDE = 2048
 MAX_CLIP_SKIP = 12
+MAX_DEEPCACHE_INTERVAL = 20
 MAX_MASK_BLUR = 256.0
 MAX_UPSCALE = 4.0
 #: The longest side that a second pass may draw.
@@ -40,6 +41,7 @@ ALLOWED: Mapping[str, str] = {
     "guidance_start": "a number from 0, below 1",
     "guidance_stop": "a number above 0, at most 1",
     "sampler": f"{_ONE_SPACING}; or, each also with _karras or _exponential: {_ALL_SPACINGS}",
+    "deepcache_interval": f"a whole number from 1 to {MAX_DEEPCACHE_INTERVAL}",
     "eta": "a number from 0 to 1",
     "clip_skip": f"a whole number from 1 to {MAX_CLIP_SKIP}",
     "noise": "cpu or cuda",

@@ -41,6 +41,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "Faster, but another picture": {
         "guidance_start": ("SHARE", "share of the steps before which none is guided"),
         "guidance_stop": ("SHARE", "share of the steps after which none is guided"),
+        "deepcache_interval": ("N", "one of so many steps computes the whole U-Net, the others its last block"),
     },
     "From a picture": {
         "init_image": ("PATH", "what is started from"),

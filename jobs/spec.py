@@ -15,6 +15,7 @@ from jobs.errors import FieldError, InvalidSpec, shown
 from jobs.fields import (
     ALLOWED,
     MAX_CLIP_SKIP,
+    MAX_DEEPCACHE_INTERVAL,
     MAX_IMAGES,
     MAX_MASK_BLUR,
     MAX_SEED,
@@ -54,6 +55,7 @@ class JobSpec(BaseModel):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     guidance_stop: Share = 1.0
+    deepcache_interval: Annotated[int, Field(ge=1, le=MAX_DEEPCACHE_INTERVAL)] = 1
     sampler: Sampler = samplers.DEFAULT
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_skip: Annotated[int, Field(ge=1, le=MAX_CLIP_SKIP)] = 1

@@ -52,6 +52,8 @@ class Packer:
 
     Fair: the lane that was packed longest ago goes next; within it rows step in rotation. With L lanes holding
     admitted rows, each lane steps at least once in L packs. Waiting rows are never overtaken within their lane.
+    Only rows whose steps are of one call (`Row.call`) share a pack; the others are first at their lane's next turn. So
+    where admitted rows of a lane need C different calls, each of them steps at least once in C turns of the lane.
 
     Urgent rows (`Row.urgent`) have queues and limits of their own, so they are admitted at once, and packs of their
     own, so their steps cost no more than on an idle machine. They go first: the others neither step nor are admitted
@@ -145,7 +147,7 @@ class Packer:
         queues = min(ready, key=lambda lane: lane.turn)
         queues.turn = next(self._clock)
         packed = self._take(queues.admitted)
-        # Rotation: rows that had to stay out (possible once a limit was lowered) are first next time.
+        # Rotation: rows that had to stay out (of another call, or once a limit was lowered) are first next time.
         stayed = [row for row in queues.admitted if row not in packed]
         queues.admitted = deque([*stayed, *packed])
         return packed
@@ -211,7 +213,9 @@ class Packer:
         packed: list[Row] = []
         units = 0
         for row in admitted:
-            if not row.leaving and self._fits(units, len(packed), row.units, row.lane):
+            if row.leaving or (packed and row.call != packed[0].call):
+                continue
+            if self._fits(units, len(packed), row.units, row.lane):
                 packed.append(row)
                 units += row.units
         return packed

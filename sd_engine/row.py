@@ -40,12 +40,22 @@ class Inpaint:
     noise_CHW: torch.Tensor
 
 
+class Call(NamedTuple):
+    """What the rows of one U-Net call have in common beside their lane, at this step.
+
+    shallow: the deep features of an earlier step are reused (`reuse`).
+    """
+
+    shallow: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Saved:
-    """Where a row stood between two steps, on the CPU (`saved`).
+    """Where a row stood between two steps (`saved`).
 
-    state: float32 [n, C, h, w], the slots that its table still reads (`StepTable.live`); None before a second pass that
-    has not begun. noise: the state of its source. The others are those of `Row`.
+    state: float32 [n, C, h, w], the slots that its table still reads (`StepTable.live`), on the CPU; in a row that is
+    in flight, all slots, on its device. None before a second pass that has not begun. noise: the state of its source.
+    The others are those of `Row`.
     """
 
     step: int
@@ -54,6 +64,19 @@ class Saved:
     drawn: torch.Tensor | None = None
     first_pass: torch.Tensor | None = None
     began: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What a row keeps of its last whole step for the shallow ones that follow (`reuse`).
+
+    at: where it stood before that step; one that is saved meanwhile goes back there. unet_rows: of that step.
+    features: [unet_rows, C, h, w], in the model's dtype.
+    """
+
+    at: Saved
+    unet_rows: int
+    features: torch.Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +89,7 @@ class Row:
     condition: float32 [5, h, w], the further channels of an inpainting U-Net.
     second: the row that goes on when this one is done (`passes`), with the steps made before it, and, as soon as they
     are made, first_pass: the latent that it starts from, and began: the state of the source of noise at that moment.
-    resume: where the row goes on as soon as it is prepared.
+    resume: where the row goes on as soon as it is prepared. kept: only while the step that comes is a shallow one.
     urgent: somebody waits for this picture; it goes before the others (`packer`).
     """
 
@@ -88,6 +111,7 @@ class Row:
     first_pass: torch.Tensor | None = field(default=None, repr=False)
     began: torch.Tensor | None = field(default=None, repr=False)
     resume: Saved | None = field(default=None, repr=False)
+    kept: Kept | None = field(default=None, repr=False)
     urgent: bool = False
 
     @property
@@ -115,6 +139,29 @@ class Row:
         """What the dearest of its steps to come costs."""
         guided = self.request.guided_steps(len(self.table))
         return (2 if max(self.step, guided.start) < guided.stop else 1) * self.lane.cells
+
+    @property
+    def call(self) -> Call:
+        """What it must have in common with the rows that it shares the U-Net call of the step that comes with."""
+        return Call(shallow=self.kept is not None and self._reuses(self.kept))
+
+    def _reuses(self, kept: Kept) -> bool:
+        # Where guidance begins, nothing was kept for the U-Net row without the prompt.
+        within = self.step < kept.at.step + self.request.deepcache_interval
+        return within and not self.done and self.unet_rows <= kept.unet_rows
+
+    def advance(self, state: torch.Tensor, kept: Kept | None) -> None:
+        """Take over what a step has made. This cannot fail: the rows of a pack advance all together or not at all."""
+        self.state, self.drawn, self.kept = state, None, kept
+        self.step += 1
+        if not self.call.shallow:
+            self.kept = None
+
+    def standing(self) -> Saved | None:
+        """Where it stands; None before it is prepared."""
+        if self.noise is None or (self.state is None and self.first_pass is None):
+            return None
+        return Saved(self.step, self.noise.state(), self.state, self.drawn, self.first_pass, self.began)
 
     @property
     def texts(self) -> tuple[Context, ...]:

@@ -26,6 +26,7 @@ from sd_engine.model import Model
 from sd_engine.noise import noise_source
 from sd_engine.prompts import DEFAULT_CACHE_BYTES, PromptEncoder, join, tokens
 from sd_engine.request import Finished
+from sd_engine.reuse import keeping, kept, reused
 from sd_engine.row import Lane, Row
 from sd_engine.samplers import SLOTS, Col
 from sd_engine.start import start
@@ -96,17 +97,19 @@ class Runner:
         spread = Spread.of(rows, model.device, self.bucket(rows[0].lane))
 
         x_BCHW = state_BSCHW[:, 0]
-        prediction_UCHW = self._predict(model, rows, x_BCHW * _wide(column[Col.c_in]), column[Col.t], spread)
+        prediction_UCHW, deep_UCHW = self._predict(model, rows, x_BCHW * _wide(column[Col.c_in]), column[Col.t], spread)
         denoised_BCHW = _wide(column[Col.c_skip]) * x_BCHW + _wide(column[Col.c_out]) * spread.join(prediction_UCHW)
         state_BSCHW = _mixed(mix_BSI, (x_BCHW, denoised_BCHW, *state_BSCHW[:, 1:].unbind(1)))
+        keeps = kept(rows, deep_UCHW)  # where the rows stand before they draw
         states = [_noised(row, state_SCHW) for row, state_SCHW in zip(rows, state_BSCHW, strict=True)]
         # From here on nothing can fail for want of memory: the rows change all together, or not at all.
-        for row, state_SCHW in zip(rows, states, strict=True):
-            row.state, row.drawn = state_SCHW, None
-            row.step += 1
+        for row, state_SCHW, keep in zip(rows, states, keeps, strict=True):
+            row.advance(state_SCHW, keep)
 
-    def _predict(self, model: Model, rows: Sequence[Row], x_BCHW: Tensor, t_B: Tensor, spread: Spread) -> Tensor:
-        """The one U-Net call of a step -> [U, C, H, W], float32."""
+    def _predict(
+        self, model: Model, rows: Sequence[Row], x_BCHW: Tensor, t_B: Tensor, spread: Spread
+    ) -> tuple[Tensor, Tensor | None]:
+        """The one U-Net call of a step -> [U, C, H, W], float32, and the deep features that a row is to keep."""
         if rows[0].condition is not None:  # a U-Net for inpainting: every row of its lane has one
             condition_BCHW = torch.stack([_there(row.condition) for row in rows])
             x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
@@ -115,7 +118,11 @@ class Runner:
         context = join(contexts, apart=self.bucket(rows[0].lane) > 0)
         with model.at_work("unet"):
             x_UCHW = x_BCHW[spread.source_U].to(model.dtype)
-            return model.unet(x_UCHW, t_B[spread.source_U], context).float()
+            t_U, deep_UCHW = t_B[spread.source_U], reused(rows, len(spread.source_U))
+            if deep_UCHW is None and not keeping(rows):
+                return model.unet(x_UCHW, t_U, context).float(), None
+            prediction_UCHW, made_UCHW = model.unet.parted(x_UCHW, t_U, context, deep_UCHW)
+            return prediction_UCHW.float(), made_UCHW if deep_UCHW is None else None
 
     def _decode(self, rows: Sequence[Row]) -> dict[int, npt.NDArray[np.uint8]]:
         latents_BCHW = torch.stack([_there(row.latent) for row in rows])

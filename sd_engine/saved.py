@@ -2,12 +2,13 @@
 
 A row that comes back is prepared like a new one (its contexts, its mask, its condition and what they draw follow from
 the request), and then gets its latent, the memory that its sampler still reads, its step and its source of noise back.
+One that reuses deep features goes on from its last whole step: they are a hundred times a latent, and made again by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -42,7 +43,7 @@ class Saver:
 
     def save(self, row: Row) -> bytes:
         """The row as it stands between two steps; empty where there is nothing to go on from."""
-        saved = row.resume or _saved(row)
+        saved = row.resume or _saved(row.standing() if row.kept is None else row.kept.at, row)
         if saved is None:
             return b""
         words = {**self._words(row), "pass": _FIRST if saved.first_pass is None else _SECOND, "step": str(saved.step)}
@@ -123,11 +124,11 @@ def resume(row: Row) -> None:
     row.noise.set_state(saved.noise)
 
 
-def _saved(row: Row) -> Saved | None:
-    if row.noise is None or (row.state is None and row.first_pass is None):
+def _saved(there: Saved | None, row: Row) -> Saved | None:
+    if there is None:
         return None
-    state_SCHW = None if row.state is None else _copied(row.state[row.table.live(row.step)])
-    return Saved(row.step, row.noise.state(), state_SCHW, _copied(row.drawn), _copied(row.first_pass), row.began)
+    state_SCHW = None if there.state is None else _copied(there.state[row.table.live(there.step)])
+    return replace(there, state=state_SCHW, drawn=_copied(there.drawn), first_pass=_copied(there.first_pass))
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

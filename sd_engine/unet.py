@@ -157,9 +157,14 @@ class UpLevel(Level):
         super().__init__(widths, config.heads[level] if config.attention[level] else None, config)
         self.upsample = Upsample(width) if level > 0 else None
 
-    def forward(self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts, skips: list[Tensor]) -> Tensor:
-        """Pop one of `skips` per block; enlarge to the size of the next one, which the way down may have rounded."""
-        for i in range(len(self.resnets)):
+    def forward(
+        self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts, skips: list[Tensor], blocks: int | None = None
+    ) -> Tensor:
+        """Pop one of `skips` per block; enlarge to the size of the next one, which the way down may have rounded.
+
+        blocks: only the first so many, of a level that enlarges nothing.
+        """
+        for i in range(len(self.resnets))[:blocks]:
             x_UCHW = self.block(i, torch.cat([x_UCHW, skips.pop()], dim=1), emb_UE, context)
         if self.upsample is not None:
             height, width = skips[-1].shape[-2:]
@@ -214,12 +219,30 @@ class UNet(nn.Module):
 
         The texts are encoded prompts [U, T, context width], or the joined contexts of the rows.
         """
-        emb_UE = self.time_embedding(t_U)
-        x_UCHW = self.conv_in(x_UCHW)
+        return self.parted(x_UCHW, t_U, context)[0]
+
+    def parted(
+        self, x_UCHW: Tensor, t_U: Tensor, context: Texts, deep_UCHW: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction of `forward`, and what goes into the last block of the way up: the deep features.
+
+        deep_UCHW: those of an earlier step. Then nothing before that block but `conv_in` is computed: the shallowest
+        of the branches of DeepCache (Ma et al. 2023, arXiv 2312.00858).
+        """
+        emb_UE, x_UCHW = self.time_embedding(t_U), self.conv_in(x_UCHW)
+        if deep_UCHW is None:
+            deep_UCHW = self._deep(x_UCHW, emb_UE, context)
+        last = self.up_blocks[-1]
+        assert isinstance(last, UpLevel)
+        x_UCHW = last.block(-1, torch.cat([deep_UCHW, x_UCHW], dim=1), emb_UE, context)
+        return self.conv_out(F.silu(self.conv_norm_out(x_UCHW))), deep_UCHW
+
+    def _deep(self, x_UCHW: Tensor, emb_UE: Tensor, context: Texts) -> Tensor:
         skips = [x_UCHW]
         for down in self.down_blocks:
             x_UCHW = down(x_UCHW, emb_UE, context, skips)
         x_UCHW = self.mid_block(x_UCHW, emb_UE, context)
-        for up in self.up_blocks:
+        *lower, last = self.up_blocks
+        for up in lower:
             x_UCHW = up(x_UCHW, emb_UE, context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x_UCHW)))
+        return last(x_UCHW, emb_UE, context, skips, blocks=-1)

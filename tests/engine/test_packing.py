@@ -61,6 +61,9 @@ POOL = (
     Request("(red:1.4) BREAK [cat]", seed=27, steps=3, guidance=5.0, sampler="ddim", width=64, height=64, clip_skip=2),
     # Every choice that makes another picture.
     Request("red", seed=29, steps=8, guidance=6.0, guidance_start=0.25, guidance_stop=0.7, width=64, height=64),
+    Request("red", seed=30, steps=7, deepcache_interval=3, sampler="euler_a", guidance_stop=0.6, width=64, height=64),
+    Request("at", seed=31, steps=5, deepcache_interval=2, guidance_start=0.5, sampler="heun", width=64, height=64),
+    Request("cat", seed=32, steps=4, deepcache_interval=2, guidance=None, sampler="dpmpp_2m", init_image=INIT),
     Request("cat", seed=28, steps=3, guidance=9.0, guidance_rescale=0.7, sampler="euler", width=64, height=64),
 )
 

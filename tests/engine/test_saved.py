@@ -55,15 +55,16 @@ def finished(engine: Engine) -> list[Pixels]:
 
 
 def carried_on(model: Model, request: Request) -> tuple[Pixels, int]:
-    """The picture of a row that changes its engine after every step, and how often it did."""
+    """The picture of a row that changes its engine after every step (or whole step), and how often it did."""
     saved, hops = b"", 0
     while True:
         engine = Engine(model)
         id = engine.add(request, saved)
         assert engine.progress(id)[0] >= min(hops, 1), "it begins again"
-        for ended in engine.step():
-            assert ended.image is not None, ended.error
-            return ended.image, hops
+        for _ in range(request.deepcache_interval):  # what is between two whole steps is made again
+            for ended in engine.step():
+                assert ended.image is not None, ended.error
+                return ended.image, hops
         saved, hops = engine.save(id), hops + 1
 
 
@@ -117,6 +118,22 @@ def test_rows_go_on_whenever_they_are_interrupted_and_whoever_is_beside_them(
     for i, picture in pictures.items():
         (alone,) = Engine(model, deterministic=True).render([POOL[places[i]]])
         assert np.array_equal(picture, alone), POOL[places[i]]
+
+
+def test_a_row_that_reuses_deep_features_goes_back_to_its_last_whole_step_and_is_no_larger_for_them(
+    model: Model,
+) -> None:
+    request = replace(SMALL, steps=8, sampler="euler_a", deepcache_interval=4)
+    engine = Engine(model)
+    id = engine.add(request)
+    for steps in range(1, 8):
+        engine.step()
+        saved = engine.save(id)
+        assert len(saved) < 4 * 4 * 8 * 8 + 6 * 1024 + 512, "features were saved"
+        other = Engine(model)
+        assert other.progress(other.add(request, saved))[0] == steps - steps % 4
+        assert np.array_equal(finished(other)[0], undisturbed(model, request))
+    assert engine.progress(id) == (7, 8), "the row itself loses nothing"
 
 
 def test_a_row_that_has_not_begun_is_saved_as_nothing_and_begins(model: Model) -> None:

@@ -63,6 +63,7 @@ _BASE = st.fixed_dictionaries(
         "guidance": st.none() | st.floats(0, 50),
         "sampler": st.sampled_from(SAMPLERS) | st.just("ddim"),
         "clip_skip": st.integers(1, 12),
+        "deepcache_interval": st.integers(1, 20),
         "noise": st.sampled_from(["cpu", "cuda"]),
         "seed": st.none() | st.integers(0, MAX_SEED - 3),
         "images": st.integers(1, 4),

@@ -39,7 +39,7 @@ def test_the_pixels_survive_and_the_row_facts_are_right() -> None:
     [
         JobSpec(prompt="a 星 star", negative_prompt="blur", guidance=None, steps=9, seed=3, images=2, priority=4),
         JobSpec(prompt="a", seed=3, init_image=KEY, mask=KEY, mask_blur=2.0, resize="crop", clip_skip=2),
-        JobSpec(prompt="a", seed=3, guidance_start=0.25, guidance_stop=0.75),
+        JobSpec(prompt="a", seed=3, guidance_start=0.25, guidance_stop=0.75, deepcache_interval=3),
         JobSpec(prompt="a", seed=3, sampler="ddim", eta=0.5, upscale=1.7, upscale_steps=7, noise="cuda"),
     ],
 )
@@ -70,6 +70,7 @@ def test_the_parameters_chunk_has_the_widely_read_form() -> None:
         ({"clip_skip": 2, "noise": "cuda"}, "Clip skip: 2, RNG: NV"),
         ({"sampler": "ddim", "eta": 0.5, "guidance_rescale": 0.7}, "RNG: CPU, Eta DDIM: 0.5, CFG rescale: 0.7"),
         ({"guidance_start": 0.1, "guidance_stop": 0.7}, "RNG: CPU, Skip Early CFG: 0.1, CFG stop: 0.7"),
+        ({"deepcache_interval": 3}, "RNG: CPU, DeepCache interval: 3"),
         ({"init_image": KEY, "mask": KEY, "mask_blur": 4.0}, "Denoising strength: 0.75, RNG: CPU, Mask blur: 4"),
         (
             {"upscale": 2.0, "upscale_steps": 9},
