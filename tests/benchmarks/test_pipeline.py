@@ -1,0 +1,26 @@
+"""The arithmetic of the pipeline's benchmark: what is computed from fewer steps says what it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.pipeline import Turn, goals
+
+
+def test_a_picture_of_twenty_steps_is_computed_from_the_steps_that_were_made() -> None:
+    """2 s before the first step, 3 s each, 1 s after: in batches of two."""
+    turn = Turn.of(2, 100.0, [105.0, 108.0, 111.0], 112.0)
+    assert (turn.before_s, turn.step_s, turn.after_s) == (2.0, 3.0, 1.0)
+    assert turn.whole_s == 2 + 20 * 3 + 1
+    assert turn.images_per_hour == pytest.approx(2 * 3600 / 63)
+
+
+def test_one_step_says_nothing_about_the_next() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        Turn.of(1, 0.0, [5.0], 6.0)
+
+
+def test_pictures_must_agree_where_the_tolerance_is_stated() -> None:
+    found = [{"model": "m", "side": 64, "one by one, x reference": 1.5, "levels_apart": 3.0}]
+    assert [goal.passed for goal in goals(found, "fp32")] == [True, False]
+    assert [goal.passed for goal in goals(found, "bf16")] == [True]
