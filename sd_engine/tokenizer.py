@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Words
 from torch import Tensor
 
@@ -28,9 +29,7 @@ class Tokenizer:
     def __init__(self, words: Words, settings: Settings, max_tokens: int) -> None:
         self._words = words
         self.max_tokens = max_tokens
-        self.start = words.token_to_id(settings.start.content)
-        self.end = words.token_to_id(settings.end.content)
-        self.pad = words.token_to_id(settings.pad.content)
+        self.start, self.end, self.pad = (_id(words, each) for each in (settings.start, settings.end, settings.pad))
         self.comma: int | None = words.token_to_id(_COMMA)
 
     @classmethod
@@ -67,8 +66,7 @@ class Tokenizer:
         """The ids of a text's words, without start and end, however many they are."""
         # Half of a surrogate pair, which JSON can carry, has no bytes and would raise; it is drawn as a question mark.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self._words.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._words.encode(text, add_special_tokens=False).ids
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Texts -> ids [B, max_tokens], int64: each between start and end, padded, or cut where it is too long.
@@ -79,3 +77,9 @@ class Tokenizer:
 
     def _framed(self, ids: list[int]) -> list[int]:
         return [self.start, *ids, self.end] + [self.pad] * (self.max_tokens - 2 - len(ids))
+
+
+def _id(words: Words, token: AddedToken) -> int:
+    id = words.token_to_id(token.content)
+    assert id is not None, "what the vocabulary lacked was added to it"
+    return id
