@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -191,13 +192,14 @@ def _p99(values: Sequence[float], none: float) -> float:
     return round(sorted(values)[int(0.99 * len(values))], 4) if values else none
 
 
-def simulate(house: House, sizes: Sequence[int], *, rounds: int = 2, seed: int = 1) -> list[Outcome]:
-    """Each size of the fleet, for so many times as long as a GPU draws a pack, after as long a start.
+def simulate(house: House, sizes: Sequence[int], *, least_s: float = 5.0, seed: int = 1) -> list[Outcome]:
+    """Each size of the fleet, for the time of some packs and `least_s` seconds at least, after as long a start.
 
-    Whole rounds: the places of a GPU end together in the beginning, and a part of a round would count too many or few.
+    Whole packs: the places of a GPU end together in the beginning, and a part of one would count too many or few.
     """
-    round_s = house.pack / house.jobs_per_s
-    return [Simulation(house, size, random.Random(seed)).run(2 * round_s, rounds * round_s) for size in sizes]
+    pack_s = house.pack / house.jobs_per_s
+    lasts_s = max(2, math.ceil(least_s / pack_s)) * pack_s
+    return [Simulation(house, size, random.Random(seed)).run(lasts_s, lasts_s) for size in sizes]
 
 
 def limits(house: House) -> dict[str, int]:
