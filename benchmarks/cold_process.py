@@ -59,13 +59,13 @@ def answer(load: Callable[[str, str, str], tuple[Any, Iterable[Any]]], draw: Cal
     if told.warm is not None:
         load(told.warm, told.dtype, told.tokenizer)
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak starts anew
-    before, read_before = _status("VmRSS"), _read()
+    before, read_before = status("VmRSS"), _read()
     began = time.monotonic()
     model, tensors = load(told.path, told.dtype, told.tokenizer)
     loaded = time.monotonic()
     weights = sum(_touched(tensor) for tensor in tensors)
     touched = time.monotonic()
-    peak, read = _status("VmHWM"), _read()
+    peak, read = status("VmHWM"), _read()
     if told.task == "picture":
         draw(model)
     moments = Answer(
@@ -81,7 +81,7 @@ def _touched(tensor: Any) -> int:
     return int(tensor.nbytes)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
     assert found is not None

@@ -1,23 +1,34 @@
-"""How much of a device's memory one guided picture takes, in each mode of offload and each dtype.
+"""How much memory a U-Net row takes, ours and the reference's, and a guided picture in each mode of offload.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory              (two minutes on two cores)
+    python -m benchmarks.memory --quick      (the smallest size, counted alone; seconds)
 
-Prints a table and writes `benchmarks/results/memory.json`. Nothing is computed: the engine's own code runs at full size
-(SD 1.5, random shapes' worth of weights, 512 x 512) on PyTorch's `meta` device while the living tensors are added up.
-Not in the numbers: the CUDA context (some hundred MB), the kernels' own workspaces, and what the allocator keeps.
+Prints two tables, writes `benchmarks/results/memory.json` and a plot.
+
+- Rows: what one more row of a U-Net call, or one more decoded picture, adds to the peak, at each size, float32, ours
+  and the reference's by the same account. At the smallest size the account is held against real calls, whose resident
+  memory is measured in fresh processes: the difference is what the kernels take for themselves.
+- Offload: one guided picture, in each mode of offload and each dtype.
+
+What is counted is not computed: the code runs at full size (SD 1.5, random shapes' worth of weights) on PyTorch's
+`meta` device while the living tensors are added up. Not in these numbers: the CUDA context (some hundred MB), the
+kernels' own workspaces, and what the allocator keeps.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import plots
 from benchmarks.accounting import META, FusedAttention, LiveBytes, Phases
+from benchmarks.memory_rows import PARTS, WHO, counted, resident
 from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, shipped_model
 from sd_engine.clip import ClipTextEncoder
@@ -29,6 +40,7 @@ from sd_engine.unet import UNet
 from sd_engine.vae import Vae
 
 MB = 1024 * 1024
+SIDES = (256, 512, 768)
 PHASES = {"prepare": "texts", "denoise": "U-Net step", "decode": "decode"}
 
 
@@ -88,13 +100,38 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(f"{line['dtype']:6}{line['offload']:12}" + "".join(f"{line[column] / MB:16.0f}" for column in columns))
 
 
+def rows(sides: Sequence[int], *, real: bool) -> list[dict[str, Any]]:
+    """One line for each part and size, bytes: of ours and of the reference's. real: also measured at the first size."""
+    lines = []
+    for part in PARTS:
+        for side in sides:
+            line: dict[str, Any] = {"part": part, "side": side}
+            line |= {f"{who} counted": counted(who, part, side) for who in WHO}
+            if real and side == sides[0]:
+                line |= {f"{who} resident": resident(who, part, side) for who in WHO}
+            lines.append(line | {"ratio": round(line["ours counted"] / line["reference counted"], 3)})
+    return lines
+
+
+def show_rows(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table, in MB."""
+    columns = [f"{who} {how}" for how in ("counted", "resident") for who in WHO]
+    print(f"{'of one more':17}{'side':>5}" + "".join(f"{column + ', MB':>25}" for column in columns) + f"{'ratio':>7}")
+    for line in lines:
+        cells = (f"{line[column] / MB:25.1f}" if column in line else f"{'':25}" for column in columns)
+        print(f"{line['part']:17}{line['side']:5}" + "".join(cells) + f"{line['ratio']:7.2f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--pictures", type=int, default=1, help="pictures of one pack")
     parser.add_argument("--plain-attention", action="store_true", help="count the matrix of scores, too")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--quick", action="store_true", help="rows of the smallest size, counted alone")
     args = parser.parse_args()
+    of_rows = rows(SIDES[:1] if args.quick else SIDES, real=not args.quick and sys.platform.startswith("linux"))
+    show_rows(of_rows)
     lines = table(side=args.side, pictures=args.pictures, fused=not args.plain_attention)
     show(lines)
     asked = {
@@ -104,7 +141,9 @@ def main() -> int:
         "guided": True,
         "attention": "plain" if args.plain_attention else "fused",
     }
-    write(args.out, asked | {"bytes": lines}, device="meta (counted, not run)")
+    write(args.out, asked | {"quick": args.quick, "rows": of_rows, "bytes": lines}, beside=("diffusers",))
+    bars = {f"{line['part']}, {line['side']}: {who}": line[f"{who} counted"] / MB for line in of_rows for who in WHO}
+    plots.bars(args.out.with_suffix(".png"), "What one more adds to the peak, SD 1.5, float32", "MB", bars)
     return 0
 
 

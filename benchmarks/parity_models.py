@@ -17,7 +17,7 @@ from tests.engine import ldm_names
 from tests.engine.models import own
 
 _UNET = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
-_SD1_UNET = _UNET | {"cross_attention_dim": 768, "attention_head_dim": 8}
+SD1_UNET = _UNET | {"cross_attention_dim": 768, "attention_head_dim": 8}
 _SD2_UNET = _UNET | {
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),
@@ -34,7 +34,7 @@ _SD2_TEXT = {
     "hidden_act": "gelu",
     "projection_dim": 512,
 }
-_VAE = {
+VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -58,9 +58,9 @@ class Family:
 
 # The VAE is the same network in all of them: it is compared once.
 FAMILIES = (
-    Family("SD 1.5", "sd15", _SD1_TEXT, _SD1_UNET, ("text encoder", "U-Net", "VAE encoder", "VAE decoder", "picture")),
+    Family("SD 1.5", "sd15", _SD1_TEXT, SD1_UNET, ("text encoder", "U-Net", "VAE encoder", "VAE decoder", "picture")),
     Family(
-        "SD 1.5 inpainting", "sd15-inpainting", _SD1_TEXT, _SD1_UNET | {"in_channels": 9}, ("U-Net", "picture"),
+        "SD 1.5 inpainting", "sd15-inpainting", _SD1_TEXT, SD1_UNET | {"in_channels": 9}, ("U-Net", "picture"),
         pipeline=StableDiffusionInpaintPipeline,
     ),
     Family(
@@ -74,7 +74,7 @@ def write_checkpoint(family: Family, path: Path) -> Path:
     torch.manual_seed(0)
     text: Any = CLIPTextModel(CLIPTextConfig(**family.text))
     unet: Any = UNet2DConditionModel(**family.unet)
-    vae: Any = AutoencoderKL(**_VAE)
+    vae: Any = AutoencoderKL(**VAE)
     states: list[Mapping[str, Tensor]] = [module.half().state_dict() for module in (text, unet, vae)]
     # Each tensor with memory of its own: OpenCLIP's last layer, which nobody reads, stands in as a copy of another.
     save_file(own(ldm_names.checkpoint(*states)), path)

@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.accounting import META, FusedAttention, LiveBytes
 from benchmarks.memory import measure
+from benchmarks.memory_rows import counted
 from sd_engine import load_model, shipped_model
 from sd_engine.model import SD1, Configs
 
@@ -55,3 +56,9 @@ def test_sd15_at_512_fits_four_gigabytes_in_idle_with_fp16_and_more_room_than_a_
     # A CUDA context, and what the kernels take for themselves, are not counted: 1 GB is left for them.
     assert peak < 3 * GIGABYTE
     assert peak > 1.7 * GIGABYTE, "the U-Net's weights alone are that much: something was not counted"
+
+
+def test_a_row_takes_no_more_than_the_reference_s_and_a_larger_one_takes_more() -> None:
+    small, large = (counted("ours", "U-Net row", side) for side in (64, 128))
+    assert 3 * small < large, "four times the cells"
+    assert large <= 1.05 * counted("reference", "U-Net row", 128)
