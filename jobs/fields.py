@@ -19,6 +19,8 @@ MAX_IMAGES = 64
 MAX_SIDE = 2048
 MAX_CLIP_SKIP = 12
 MAX_DEEPCACHE_INTERVAL = 20
+#: From this priority on somebody waits for the picture. The broker's uppermost step begins there (`jobs.bell`).
+URGENT_PRIORITY = 7
 MAX_MASK_BLUR = 256.0
 MAX_UPSCALE = 4.0
 #: The longest side that a second pass may draw.

@@ -21,6 +21,7 @@ from jobs.fields import (
     MAX_SEED,
     MAX_UPSCALE,
     MODEL_NAME,
+    URGENT_PRIORITY,
     ImageSource,
     InputKey,
     Noise,
@@ -88,6 +89,11 @@ class JobSpec(BaseModel):
             return validate(value)
         except ValidationError as error:
             raise InvalidSpec(*describe_errors(error)) from None
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody waits for it: it is drawn at once, whatever else a worker draws."""
+        return self.priority >= URGENT_PRIORITY
 
     @property
     def input_key(self) -> str | None:

@@ -238,11 +238,13 @@ class Store:
         with self._engines.writer.begin() as connection:
             return store_lease.sweep(connection)
 
-    def due(self, limit: int, *, models: Collection[str] | None = None, older_than_s: float = 0.0) -> list[Due]:
-        """At most `limit` queued jobs whose time has come and whose bell was never rung or is older than
-        `older_than_s`; the most urgent first, then the oldest. Records that the bell rings now."""
+    def due(
+        self, limit: int, *, models: Collection[str] | None = None, older_than_s: float = 0.0, priority_from: int = 0
+    ) -> list[Due]:
+        """At most `limit` queued jobs of this priority or above, whose time has come and whose bell was never rung or
+        is older than `older_than_s`; the most urgent first, then the oldest. Records that the bell rings now."""
         with self._engines.writer.begin() as connection:
-            return store_lease.due(connection, limit, models, older_than_s)
+            return store_lease.due(connection, limit, models, older_than_s, priority_from)
 
     # Reading
 

@@ -235,12 +235,16 @@ def end(connection: Connection, guard: sa.ColumnElement[bool], target: State, **
     return connection.execute(statement).rowcount
 
 
-def due(connection: Connection, limit: int, models: Collection[str] | None, older_than_s: float) -> list[Due]:
-    """The first `limit` queued jobs whose bell is old, in order; records that it rings now."""
+def due(
+    connection: Connection, limit: int, models: Collection[str] | None, older_than_s: float, priority_from: int
+) -> list[Due]:
+    """The first `limit` queued jobs of this priority or above whose bell is old, in order; records that it rings."""
     bell_old = sa.or_(job.c.rung_at.is_(None), job.c.rung_at <= db_now(-older_than_s))
     chosen = sa.select(job.c.id).where(is_in(State.queued), job.c.available_at <= db_now(), bell_old)
     if models is not None:
         chosen = chosen.where(job.c.model.in_(models))
+    if priority_from > 0:
+        chosen = chosen.where(job.c.urgency <= 9 - priority_from)
     # skip_locked (SQLite ignores it): two sweepers share the work, neither waits for the other.
     chosen = chosen.order_by(job.c.urgency, job.c.created_at, job.c.id).limit(limit).with_for_update(skip_locked=True)
     statement = (

@@ -45,6 +45,7 @@ class FakeEngine:
         self.models = models
         self.before_step = before_step
         self.steps = 0
+        self.urgent: list[Request] = []  # all that ever were
         self._step_s = step_s
         self._ids = itertools.count(1)
         self._rows: dict[int, _Row] = {}
@@ -53,11 +54,13 @@ class FakeEngine:
     def idle(self) -> bool:
         return not self._rows
 
-    def add(self, request: Request, saved: bytes | None = None) -> int:
+    def add(self, request: Request, saved: bytes | None = None, *, urgent: bool = False) -> int:
         if request.model is not None and request.model not in self.models:
             raise InvalidRequest("model", request.model, "one of " + ", ".join(self.models))
         id = next(self._ids)
         self._rows[id] = _Row(request, _steps_of(request, saved) if saved else 0)
+        if urgent:
+            self.urgent.append(request)
         return id
 
     def save(self, id: int) -> bytes:

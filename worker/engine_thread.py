@@ -34,7 +34,7 @@ class EngineLike(Protocol):
 
     @property
     def idle(self) -> bool: ...
-    def add(self, request: Request, saved: bytes | None = None) -> int: ...
+    def add(self, request: Request, saved: bytes | None = None, *, urgent: bool = False) -> int: ...
     def save(self, id: int) -> bytes: ...
     def cancel(self, id: int) -> None: ...
     def step(self) -> list[Finished]: ...
@@ -64,6 +64,7 @@ class _Group:
     requests: Sequence[Request]
     future: Future[list[Pixels]]
     added_at: float
+    urgent: bool
     places: dict[int, int] = field(default_factory=dict)
     came_with: dict[int, int] = field(default_factory=dict)
     images: dict[int, Pixels] = field(default_factory=dict)
@@ -97,8 +98,10 @@ class EngineThread(threading.Thread):
 
     # Called from any thread
 
-    def render(self, key: UUID, requests: Sequence[Request], saved: bytes | None = None) -> Future[list[Pixels]]:
-        """One image (uint8 ``[H, W, 3]``) per request, in order.
+    def render(
+        self, key: UUID, requests: Sequence[Request], saved: bytes | None = None, *, urgent: bool = False
+    ) -> Future[list[Pixels]]:
+        """One image (uint8 ``[H, W, 3]``) per request, in order. ``urgent``: they go before the others.
 
         ``saved``: from the ``Draining`` of the same requests, here or elsewhere: they go on exactly there. What cannot
         be used of it is drawn from the start.
@@ -107,7 +110,7 @@ class EngineThread(threading.Thread):
         raised as a whole: ``StepBroke`` when others were in flight, the error itself when they were alone.
         """
         future: Future[list[Pixels]] = Future()
-        self._commands.put(partial(self._add, key, requests, future, saved))
+        self._commands.put(partial(self._add, key, _Group(requests, future, self._clock(), urgent), saved))
         return future
 
     def interrupt(self, key: UUID, reason: Exception) -> None:
@@ -184,15 +187,16 @@ class EngineThread(threading.Thread):
         except Empty:
             return
 
-    def _add(self, key: UUID, requests: Sequence[Request], future: Future[list[Pixels]], saved: bytes | None) -> None:
+    def _add(self, key: UUID, group: _Group, saved: bytes | None) -> None:
         if self._deadline is not None:
-            future.set_exception(Draining("the worker admits nothing more", saved))
+            group.future.set_exception(Draining("the worker admits nothing more", saved))
             return
-        group = self._groups[key] = _Group(requests, future, self._clock())
+        group.added_at = self._clock()
+        self._groups[key] = group
         try:
-            kept = _unsealed(key, requests, saved)
+            kept = _unsealed(key, group.requests, saved)
             group.images.update(kept.images)
-            for place, request in enumerate(requests):
+            for place, request in enumerate(group.requests):
                 if place not in group.images:
                     self._add_row(key, place, request, kept.rows.get(place))
         except Exception as error:
@@ -201,12 +205,12 @@ class EngineThread(threading.Thread):
             self._end_if_whole(key, group)
 
     def _add_row(self, key: UUID, place: int, request: Request, saved: bytes | None) -> None:
+        group = self._groups[key]
         try:
-            id = self._engine.add(request, saved)
+            id = self._engine.add(request, saved, urgent=group.urgent)
         except SavedRowUnusable as error:
             log.warning("claim %s, image %d: drawn from the start: %s", key, place, error)
-            id = self._engine.add(request)
-        group = self._groups[key]
+            id = self._engine.add(request, urgent=group.urgent)
         group.places[id], group.came_with[id] = place, self._engine.progress(id)[0]
         self._owner[id] = key
 

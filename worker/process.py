@@ -22,6 +22,7 @@ from worker.heartbeat import Fence, Heartbeat, Voucher
 from worker.leases import Leases
 from worker.lifeline import Lifeline
 from worker.liveness import Liveness, patience_for
+from worker.lookout import Lookout
 from worker.means import Means
 from worker.periodic import Periodic
 from worker.preflight import Services
@@ -126,10 +127,12 @@ class _Worker:
         self._app = app = self._make_app(workshop)
         deps = self._deps(workshop)
         register(app, lambda job_id: render(job_id, deps))
+        lookout = self._lookout(workshop, lambda job_id: render(job_id, deps))
         threads = self._threads(workshop)
-        for thread in threads:
+        for thread in (lookout, *threads):
             thread.start()
         self._consume(app, workshop)
+        lookout.finish()
         self._uploads.join()
         for thread in threads:
             thread.stop()
@@ -179,6 +182,10 @@ class _Worker:
             lease_s=self._options.lease_s,
             broken=workshop.broken,
         )
+
+    def _lookout(self, workshop: Workshop, story: Callable[[str], None]) -> Lookout:
+        most = max(1, self._options.concurrency // 4)
+        return Lookout(self._store, self._slots, workshop.models, story, most=most, look_s=self._pace.lookout_s)
 
     def _threads(self, workshop: Workshop) -> list[Periodic]:
         options, store, bell = self._options, self._store, Bell(self._settings.broker_url)

@@ -40,6 +40,11 @@ class Slots:
         with self._lock:
             return self._busy
 
+    def full(self) -> bool:
+        """Whether tasks run on all of them, so that no bell is heard here; not in a process that leaves."""
+        with self._lock:
+            return not self.closed and self._busy >= self.limit
+
     def ring(self, job_id: str) -> None:
         """A message for ``job_id`` is about to be sent."""
         with self._lock:

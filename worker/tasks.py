@@ -130,7 +130,8 @@ def drawn(lease: Lease, deps: Deps) -> Sequence[Drawn]:
     requests = to_requests(claim.spec, deps.storage)
     saved = saved_rows(claim, deps.storage)
     lease.check()
-    images: Sequence[NDArray[np.uint8]] = deps.engine.render(claim.token, requests, saved).result()
+    drawing = deps.engine.render(claim.token, requests, saved, urgent=claim.spec.urgent)
+    images: Sequence[NDArray[np.uint8]] = drawing.result()
     lease.drawn = True
     lease.check()
     return [Drawn(request.seed, image) for request, image in zip(requests, images, strict=True)]

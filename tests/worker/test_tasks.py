@@ -16,7 +16,7 @@ from jobs.errors import StorageError
 from jobs.storage import DirStorage, Storage, open_storage
 from jobs.store import Store
 from jobs.views import JobView
-from tests.fakes import fake_image, fake_workshop
+from tests.fakes import FakeEngine, fake_image, fake_workshop
 from tests.worker.helpers import PATIENCE_S, Clock, once
 from worker.delivery import Outside
 from worker.engine_thread import EngineThread, Workshop
@@ -346,7 +346,7 @@ def test_img2img_starts_from_the_stored_picture(world: World, store: Store, stor
     class Looks:
         """Keeps the init image that reaches the engine."""
 
-        def render(self, token: object, requests: list, saved: object) -> object:  # type: ignore[type-arg]
+        def render(self, token: object, requests: list, saved: object, **_: object) -> object:  # type: ignore[type-arg]
             seen.extend(request.init_image for request in requests)
             return world.engine.render(token, requests, None)  # type: ignore[arg-type]
 
@@ -364,3 +364,12 @@ def test_the_pixels_in_storage_are_those_of_the_engine(world: World, store: Stor
     with Image.open(io.BytesIO(storage.get(store.get(job.id).images[0].key))) as picture:
         from_storage = np.asarray(picture)
     np.testing.assert_array_equal(from_storage, fake_image(to_requests(job.spec, storage)[0]))
+
+
+@pytest.mark.parametrize(("priority", "urgent"), [(0, False), (6, False), (7, True), (9, True)])
+def test_the_engine_hears_that_somebody_waits(store: Store, storage: Storage, priority: int, urgent: bool) -> None:
+    engines: list[FakeEngine] = []
+    world = World(store, storage, fake_workshop(before_step=engines.append))
+    world.render(submit(store, priority=priority))
+    world.close()
+    assert len(engines[0].urgent) == urgent
