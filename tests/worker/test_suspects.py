@@ -181,7 +181,9 @@ def test_a_drained_job_goes_on_from_its_saved_rows(store: Store, make_world: Cal
     second, given = make_world(), list[bytes | None]()
     engine_render = second.engine.render
 
-    def look(key: UUID, requests: Sequence[Request], saved: bytes | None = None) -> Future[list[Pixels]]:
+    def look(
+        key: UUID, requests: Sequence[Request], saved: bytes | None = None, *, urgent: bool = False
+    ) -> Future[list[Pixels]]:
         given.append(saved)
         return engine_render(key, requests)
 
