@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_engine import winograd
+
 KeysValues = tuple[Tensor, Tensor]
 
 
@@ -28,17 +30,64 @@ def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def laid_out(x_BCHW: Tensor) -> Tensor:
+    """A feature map in the layout that its device computes fastest: channels last on CPUs.
+
+    Every layer keeps it, and tokens are a view of it. Not on CUDA: there PyTorch's GroupNorm undoes it, layer by layer
+    (its issue 111824).
+    """
+    return x_BCHW.contiguous(memory_format=torch.channels_last) if x_BCHW.device.type == "cpu" else x_BCHW
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3 x 3 convolution with a rim of zeros; by Winograd's algorithm where that is faster, and equal up to rounding.
+
+    The filters of that algorithm are made at the first call and kept, beside the weights.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(channels_in, channels_out, 3, padding=1)
+        self._filters: dict[winograd.Form, tuple[tuple[int, int], winograd.Filters]] = {}
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
+        form = winograd.form_for(self.weight, x_BCHW)
+        if form is None:
+            return super().forward(x_BCHW)
+        return winograd.convolve(x_BCHW, self._filters_of(form), self.bias)
+
+    def _filters_of(self, form: winograd.Form) -> winograd.Filters:
+        weight = self.weight
+        # Weights may be loaded or trained anew: then they have another place in memory, or another version.
+        made_of = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        kept = self._filters.get(form)
+        if kept is None or kept[0] != made_of:
+            kept = self._filters[form] = (made_of, winograd.Filters.of(weight, form))
+        return kept[1]
+
+
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution, as the matrix product that it is: in the channels-last layout nothing is copied for it."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
+        return F.linear(x_BCHW.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, around a skip; with a time embedding in the U-Net, without in the VAE."""
 
     def __init__(self, channels_in: int, channels_out: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels_in, eps=eps)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels_out)
         self.time_emb_proj = nn.Linear(time_width, channels_out) if time_width else None
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=eps)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.conv2 = Conv3x3(channels_out, channels_out)
+        self.conv_shortcut = Pointwise(channels_in, channels_out) if channels_in != channels_out else None
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None = None) -> Tensor:
         """[B, channels_in, H, W], and [B, E] if it was built with a time width -> [B, channels_out, H, W]."""
@@ -105,7 +154,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x_BCHW: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """[B, C, H, W] -> [B, C, 2H, 2W], or to `size`, where the way down had rounded an odd side up."""

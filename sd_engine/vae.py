@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import VaeConfig
-from sd_engine.layers import Attention, Downsample, ResBlock, Upsample
+from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, laid_out
 
 _EPS = 1e-6  # every GroupNorm of the VAE; PyTorch's default 1e-5 would give other pictures
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 2 * latent channels, H / factor, W / factor]."""
-        h_BCHW = self.conv_in(x_BCHW)
+        h_BCHW = self.conv_in(laid_out(x_BCHW))
         for level in self.levels:
             h_BCHW = level(h_BCHW)
         return self.head(h_BCHW)
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
 
     def neck(self, z_BCHW: Tensor) -> Tensor:
         """What comes before the levels, at latent resolution: [B, latent channels, H, W] -> [B, C, H, W]."""
-        return self.mid_block(self.conv_in(z_BCHW))
+        return self.mid_block(self.conv_in(laid_out(z_BCHW)))
 
 
 class Vae(nn.Module):

