@@ -1,12 +1,12 @@
 """How much memory a U-Net row takes, ours and the reference's, and a guided picture in each mode of offload.
 
-    python -m benchmarks.memory              (two minutes on two cores)
+    python -m benchmarks.memory              (three minutes on two cores)
     python -m benchmarks.memory --quick      (the smallest size, counted alone; seconds)
 
 Prints two tables, writes `benchmarks/results/memory.json` and a plot.
 
 - Rows: what one more row of a U-Net call, or one more decoded picture, adds to the peak, at each size, float32, ours
-  and the reference's by the same account. At the smallest size the account is held against real calls, whose resident
+  and the reference's by the same account. At one size each the account is held against real calls, whose resident
   memory is measured in fresh processes: the difference is what the kernels take for themselves.
 - Offload: one guided picture, in each mode of offload and each dtype.
 
@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import plots
 from benchmarks.accounting import META, FusedAttention, LiveBytes, Phases
-from benchmarks.memory_rows import PARTS, WHO, counted, resident
+from benchmarks.memory_rows import PARTS, REAL, WHO, counted, resident
 from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, shipped_model
 from sd_engine.clip import ClipTextEncoder
@@ -101,13 +101,13 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 
 def rows(sides: Sequence[int], *, real: bool) -> list[dict[str, Any]]:
-    """One line for each part and size, bytes: of ours and of the reference's. real: also measured at the first size."""
+    """One line for each part and size, bytes: of ours and of the reference's. real: some also measured."""
     lines = []
     for part in PARTS:
         for side in sides:
             line: dict[str, Any] = {"part": part, "side": side}
             line |= {f"{who} counted": counted(who, part, side) for who in WHO}
-            if real and side == sides[0]:
+            if real and side == REAL[part]:
                 line |= {f"{who} resident": resident(who, part, side) for who in WHO}
             lines.append(line | {"ratio": round(line["ours counted"] / line["reference counted"], 3)})
     return lines

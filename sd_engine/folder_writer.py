@@ -32,8 +32,8 @@ def write_folder(
     _write(folder / "model_index.json", {"_class_name": pipeline, **_MODEL_INDEX})
     _write(folder / "scheduler" / "scheduler_config.json", _schedule_config(configs.schedule))
     _write(folder / "text_encoder" / "config.json", _text_config(configs.text))
-    _write(folder / "unet" / "config.json", _unet_config(configs.unet))
-    _write(folder / "vae" / "config.json", _vae_config(configs.vae, configs.unet.sample_size * configs.vae.factor))
+    _write(folder / "unet" / "config.json", unet_config(configs.unet))
+    _write(folder / "vae" / "config.json", vae_config(configs.vae, configs.unet.sample_size * configs.vae.factor))
     for component, module in modules.items():
         tensors = {
             diffusers_name(component, name): value.detach().to("cpu", dtype).contiguous()
@@ -58,7 +58,8 @@ def _text_config(config: ClipConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _unet_config(config: UNetConfig) -> dict[str, Any]:
+def unet_config(config: UNetConfig) -> dict[str, Any]:
+    """As the reference writes it."""
     types = ["CrossAttn" if attention else "" for attention in config.attention]
     return {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": list(config.heads),
@@ -72,7 +73,8 @@ def _unet_config(config: UNetConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _vae_config(config: VaeConfig, sample_size: int) -> dict[str, Any]:
+def vae_config(config: VaeConfig, sample_size: int) -> dict[str, Any]:
+    """As the reference writes it. sample_size: pixels that the model was trained at."""
     levels = len(config.channels)
     return {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(config.channels),

@@ -1,0 +1,193 @@
+"""What the stages of `benchmarks.gpu` share: a model of random numbers on a device, a clock, and what a row costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sd_engine import Engine, Model, Request, load_model, shipped_model
+from sd_engine.clip import ClipTextEncoder
+from sd_engine.context import PackContext, join
+from sd_engine.filling import Uninitialized
+from sd_engine.layers import KeysValues
+from sd_engine.model import SD1, Configs
+from sd_engine.tokenizer import Tokenizer
+from sd_engine.unet import UNet
+from sd_engine.vae import Vae
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is measured, and where. side: pixels. sizes: pictures of a pack. compiler: a backend of torch.compile."""
+
+    device: torch.device
+    dtype: torch.dtype
+    configs: Configs
+    side: int
+    steps: int
+    sizes: tuple[int, ...]
+    compiler: str
+    repeats: int
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is a CUDA device: what only these have is left out elsewhere."""
+        return self.device.type == "cuda"
+
+    @property
+    def cells(self) -> int:
+        """The side of a latent."""
+        return self.side // self.configs.vae.factor
+
+
+def full(device: torch.device, dtype: torch.dtype) -> Setup:
+    """SD 1.5's size, as the goals have it."""
+    return Setup(device, dtype, SD1, 512, 20, (1, 2, 4, 8, 16, 32, 64), "inductor", 5)
+
+
+def quick(device: torch.device, dtype: torch.dtype) -> Setup:
+    """The shipped model's size: it shows that the script runs, and nothing about speed."""
+    mini = load_model(shipped_model())
+    configs = Configs(mini.text_encoder.config, mini.unet.config, mini.vae.config, mini.schedule)
+    return Setup(device, dtype, configs, 64, 2, (1, 2), "inductor" if device.type == "cuda" else "eager", 1)
+
+
+def random_model(setup: Setup, dtype: torch.dtype) -> Model:
+    """A model whose numbers keep what goes through it about as large as it was; the same for every dtype."""
+    configs = setup.configs
+    words = Tokenizer.from_folder(shipped_model() / "tokenizer", max_tokens=configs.text.max_tokens)
+    with META, Uninitialized():
+        text, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
+    generator = torch.Generator(setup.device).manual_seed(0)
+    for module in (text, unet, vae):
+        module.to_empty(device=setup.device)
+        _randomize(module, generator)
+        module.to(dtype).eval().requires_grad_(False)
+    return Model("random", words, text, unet, vae, configs.schedule, setup.device, dtype)
+
+
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.data.fill_(float(name == "weight"))
+            else:
+                spread = 1.0 if isinstance(layer, nn.Embedding) else math.sqrt(parameter[0].numel())
+                parameter.data.normal_(std=1 / spread, generator=generator)
+
+
+def engine(setup: Setup, model: Model, pictures: int) -> Engine:
+    """An engine whose packs hold so many guided pictures."""
+    return Engine(model, max_units=2 * pictures * setup.cells**2)
+
+
+def requests(setup: Setup, pictures: int, steps: int | None = None) -> list[Request]:
+    """Guided pictures that share nothing but their size and their number of steps."""
+    return [
+        Request(f"a red star {seed}", seed=seed, steps=steps or setup.steps, width=setup.side, height=setup.side)
+        for seed in range(pictures)
+    ]
+
+
+def inputs(setup: Setup, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and encoded prompts of U-Net rows; drawn on the CPU, so that every device has the same."""
+    generator = torch.Generator().manual_seed(1)
+    unet, text = setup.configs.unet, setup.configs.text
+    latents = torch.randn(rows, unet.in_channels, setup.cells, setup.cells, generator=generator)
+    texts = torch.randn(rows, text.max_tokens, text.width, generator=generator)
+    times = torch.linspace(1, 999, rows).round()
+    return latents.to(setup.device, dtype), times.to(setup.device), texts.to(setup.device, dtype)
+
+
+def predicted(setup: Setup, unet: UNet) -> Tensor:
+    """What the U-Net makes of one guided picture, called as the runner calls it: compiled, it is then ready for that."""
+    latents, times, texts = inputs(setup, 2, setup.dtype)
+    result: Tensor = unet(latents, times, join([unet.context(text) for text in texts]))
+    return result.float()
+
+
+def seconds(setup: Setup, call: Callable[[], Any], repeats: int | None = None) -> float:
+    """The median time of a call, after one to warm up; each is waited for."""
+    found = []
+    for _ in range(1 + (repeats or setup.repeats)):
+        wait(setup)
+        began = time.perf_counter()
+        call()
+        wait(setup)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
+
+
+def wait(setup: Setup) -> None:
+    """Until the device has done all that it was given."""
+    if setup.cuda:
+        torch.cuda.synchronize(setup.device)
+
+
+def row_flops(setup: Setup) -> int:
+    """Operations of one U-Net row, a multiplication and an addition counted as two: on `meta`, nothing is computed."""
+    with META, Uninitialized():
+        unet = UNet(setup.configs.unet)
+    at_home = replace(setup, device=torch.device("cpu"))
+    latents, times, texts = (each.to(META) for each in inputs(at_home, 1, torch.float32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(latents, times, texts)
+    return int(counter.get_total_flops())
+
+
+class Stacked(PackContext):
+    """A pack's texts with the keys and values of every layer ready: one guard for a layer, not one for a prompt."""
+
+    __slots__ = ("made",)
+    made: tuple[list[KeysValues], ...]
+
+    @classmethod
+    def of(cls, context: PackContext, layers: int) -> Stacked:
+        """The same texts, stacked for all layers at once."""
+        stacked = cls((), context.merging)
+        object.__setattr__(stacked, "made", tuple(context.layer(index) for index in range(layers)))
+        return stacked
+
+    def layer(self, index: int) -> list[KeysValues]:
+        """Keys and values of one layer."""
+        return self.made[index]
+
+
+def compile_unet(setup: Setup, unet: UNet, **options: Any) -> None:
+    """Let the U-Net be compiled at its next call, anew for each number of rows."""
+    torch._dynamo.reset()
+    # A pack of another number of rows is another program, and each dimension of 1 to 64 pictures is one.
+    torch._dynamo.config.cache_size_limit = 64
+    compiled = torch.compile(UNet.forward, backend=setup.compiler, dynamic=False, **options)
+    layers = len(unet.blocks)
+
+    def forward(x_UCHW: Tensor, t_U: Tensor, context: Tensor | PackContext) -> Tensor:
+        texts = Stacked.of(context, layers) if isinstance(context, PackContext) else context
+        return compiled(unet, x_UCHW, t_U, texts)
+
+    unet.forward = forward  # type: ignore[method-assign]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """How far a tensor is from what was expected of it, as a share of that."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+def psnr(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Of pictures of 8 bits, in decibels; the worst of them. 99 for equal ones."""
+    worst = 99.0
+    for one, other in zip(found, expected, strict=True):
+        error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
+        worst = min(worst, 10 * math.log10(255**2 / error) if error > 0 else 99.0)
+    return worst

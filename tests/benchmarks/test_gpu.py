@@ -1,0 +1,87 @@
+"""The script for a GPU runs from end to end where there is none, refuses what is wrong, and loses no figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_model
+from benchmarks.gpu_model import Setup
+from benchmarks.gpu_stages import Figure
+from sd_engine.model import SD1
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    return gpu_model.quick(torch.device("cpu"), torch.float32)
+
+
+def test_a_machine_without_cuda_is_told_so_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_row_of_sd_costs_what_is_published() -> None:
+    setup = gpu_model.full(torch.device("cpu"), torch.float32)
+    assert setup.configs is SD1
+    assert gpu_model.row_flops(setup) / 1e12 == pytest.approx(0.803, abs=0.001)
+
+
+def test_a_compiled_unet_predicts_what_it_did(setup: Setup) -> None:
+    model = gpu_model.random_model(setup, torch.float32)
+    with torch.inference_mode():
+        plain = gpu_model.predicted(setup, model.unet)
+        gpu_model.compile_unet(setup, model.unet)
+        compiled = gpu_model.predicted(setup, model.unet)
+    assert gpu_model.relative(compiled, plain) < 1e-6
+    assert plain.std() > 0.1, "numbers that vanish on the way would hide any mistake"
+
+
+def test_stages_are_written_figure_by_figure_beside_those_of_earlier_runs(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    for stage in ("ceilings", "attention"):
+        assert gpu.main(["--quick", "--device", "cpu", "--stages", stage, "--out", str(out)]) == 0
+    written = json.loads(out.read_text("utf-8"))
+    assert set(written["stages"]) == {"ceilings", "attention"} and written["quick"]
+    assert all(stage["figures"] and not stage["cut"] for stage in written["stages"].values())
+    assert {figure["best"] for figure in written["stages"]["attention"]["figures"]} <= {"flash", "math"}
+
+
+def test_no_speed_is_measured_of_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(_: Setup) -> Iterator[Figure]:
+        yield {"what": "U-Net", "found": 0.3, "bar": 0.01, "right": False}
+
+    monkeypatch.setitem(gpu.STAGES, "correct", (wrong, 60.0))
+    out = tmp_path / "gpu.json"
+    assert gpu.run(setup, ["correct", "ceilings"], out, {"quick": True}) == 1
+    assert set(json.loads(out.read_text("utf-8"))["stages"]) == {"correct"}
+    assert "wrong" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_or_takes_too_long_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: Setup
+) -> None:
+    def failing(_: Setup) -> Iterator[Figure]:
+        yield {"what": "first"}
+        raise RuntimeError("no such kernel")
+
+    def endless(_: Setup) -> Iterator[Figure]:
+        while True:
+            yield {"what": "again"}
+
+    monkeypatch.setitem(gpu.STAGES, "ceilings", (failing, 60.0))
+    monkeypatch.setitem(gpu.STAGES, "attention", (endless, 0.0))
+    out = tmp_path / "gpu.json"
+    assert gpu.run(setup, ["ceilings", "attention"], out, {"quick": True}) == 0
+    stages = json.loads(out.read_text("utf-8"))["stages"]
+    assert stages["ceilings"]["failed"] == "RuntimeError: no such kernel" and stages["ceilings"]["figures"]
+    assert stages["attention"]["cut"] and len(stages["attention"]["figures"]) == 1
