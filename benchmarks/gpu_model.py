@@ -110,7 +110,7 @@ def inputs(setup: Setup, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def predicted(setup: Setup, unet: UNet) -> Tensor:
-    """What the U-Net makes of one guided picture, called as the runner calls it: compiled, it is then ready for that."""
+    """What the U-Net makes of one guided picture, called as the runner calls it: compiled, it is ready for that."""
     latents, times, texts = inputs(setup, 2, setup.dtype)
     result: Tensor = unet(latents, times, join([unet.context(text) for text in texts]))
     return result.float()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from sd_engine.errors import InvalidDevice
 
@@ -51,6 +52,14 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidDevice("dtype", name, "auto, " + ", ".join(DTYPES))
     return dtype
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for that to be done with all it was given before.
+
+    From pinned memory, which PyTorch keeps until the copy was made; from any other a copy to CUDA waits.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @contextmanager

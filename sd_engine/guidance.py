@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sd_engine.devices import sent
 from sd_engine.row import Row
 
 
@@ -40,15 +41,15 @@ class Spread:
         source = [b for b, n in enumerate(counts) for _ in range(n)]
         source += [len(rows) - 1] * (at_least - len(source))
         last = np.cumsum(counts) - 1
-        index = torch.tensor(np.stack([last - np.array(counts) + 1, last]), device=device)
+        index = sent(torch.from_numpy(np.stack([last - np.array(counts) + 1, last])), device)
         scale = [row.request.guidance if row.guided else 1.0 for row in rows]
         rescale = [row.request.guidance_rescale if row.guided else 0.0 for row in rows]
         return cls(
-            torch.tensor(source, device=device),
+            sent(torch.tensor(source), device),
             index[0],
             index[1],
-            torch.tensor(scale, device=device, dtype=torch.float32)[:, None, None, None],
-            torch.tensor(rescale, device=device)[:, None, None, None] if any(rescale) else None,
+            sent(torch.tensor(scale, dtype=torch.float32), device)[:, None, None, None],
+            sent(torch.tensor(rescale), device)[:, None, None, None] if any(rescale) else None,
         )
 
     def join(self, prediction_UCHW: Tensor) -> Tensor:

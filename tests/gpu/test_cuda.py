@@ -72,3 +72,15 @@ def test_what_waits_at_home_is_pinned_and_nothing_of_it_stays_behind() -> None:
     parameters = [parameter for module in model.modules.values() for parameter in module.parameters()]
     assert all(parameter.device.type == "cpu" and parameter.is_pinned() for parameter in parameters)
     assert torch.cuda.memory_allocated() - before < sum(parameter.nbytes for parameter in parameters)
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    engine = Engine(load_model(shipped_model(), "cuda", "fp16"))
+    for request in REQUESTS:  # one of them draws noise at each step
+        engine.add(request)
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.runner.denoise(engine.packer.pack(), engine.packer.too_large)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
