@@ -37,6 +37,7 @@ from benchmarks.plots import bars
 from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, load_model, shipped_model
 from sd_engine.config import UNetConfig
+from sd_engine.context import join
 from sd_engine.row import Row
 from sd_engine.runner import Runner
 from sd_engine.unet import UNet
@@ -51,6 +52,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "deepcache_interval 2": {"deepcache_interval": 2},
     "deepcache_interval 3": {"deepcache_interval": 3},
     "deepcache_interval 5": {"deepcache_interval": 5},
+    "token_merging_ratio 0.5": {"token_merging_ratio": 0.5},
     "deepcache 2, stop 0.8": {"deepcache_interval": 2, "guidance_stop": 0.8},
 }
 
@@ -141,40 +143,59 @@ def pictures_part(prompts: int, seed: int, steps: int, guidance: float, repeats:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A U-Net to measure, and the side of its latents."""
+    """A U-Net to measure, the side of its latents, and that of those that token merging is for."""
 
     config: UNetConfig
     side: int
+    large: int
 
 
 SIZES = {
-    "sd15": Size(UNetConfig(), 64),
+    "sd15": Size(UNetConfig(), 64, 96),
     "tiny": Size(
-        UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 2), context_width=32, norm_groups=8), 8
+        UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 2), context_width=32, norm_groups=8), 8, 12
     ),
 }
 
 
-@torch.inference_mode()
-def unet_part(size: Size, repeats: int) -> dict[str, Any]:
-    """Seconds of one U-Net row, whole and shallow, in turns; and what they make of a picture's steps."""
-    unet = random_unet(size.config)
-    x, t = torch.randn(1, size.config.in_channels, size.side, size.side), torch.tensor([500.0])
-    texts = torch.randn(1, 77, size.config.context_width)
-    deep = unet.parted(x, t, texts)[1]
-    ways: dict[str, Callable[[], object]] = {
-        "whole": lambda: unet(x, t, texts),
-        "shallow": lambda: unet.parted(x, t, texts, deep),
-    }
+def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, by its name."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             began = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+@torch.inference_mode()
+def merging_part(unet: UNet, side: int, repeats: int) -> dict[str, Any]:
+    """How many times as fast a U-Net row of large latents is with half of its tokens merged."""
+    x, t = torch.randn(1, unet.config.in_channels, side, side), torch.tensor([500.0])
+    text = unet.context(torch.randn(77, unet.config.context_width))
+    exact, merged = join([text]), join([text], merging=unet.merging(0.5, side, side))
+    unet(x, t, merged)
+    seconds = in_turns({EXACT: lambda: unet(x, t, exact), "merged": lambda: unet(x, t, merged)}, repeats)
+    gains = [exact / merged for exact, merged in zip(seconds[EXACT], seconds["merged"], strict=True)]
+    return {"side": side, "token_merging_ratio 0.5": spread(gains, 3)}
+
+
+@torch.inference_mode()
+def shallow_part(unet: UNet, side: int, repeats: int) -> dict[str, Any]:
+    """Seconds of one U-Net row, whole and shallow, in turns; and what they make of a picture's steps."""
+    x, t = torch.randn(1, unet.config.in_channels, side, side), torch.tensor([500.0])
+    texts = torch.randn(1, 77, unet.config.context_width)
+    deep = unet.parted(x, t, texts)[1]
+    ways: dict[str, Callable[[], object]] = {
+        "whole": lambda: unet(x, t, texts),
+        "shallow": lambda: unet.parted(x, t, texts, deep),
+    }
+    seconds = in_turns(ways, repeats)
     shares = [shallow / whole for shallow, whole in zip(seconds["shallow"], seconds["whole"], strict=True)]
     share = statistics.median(shares)
     return {
+        "side": side,
         "seconds_a_row": {name: spread(values, 4) for name, values in seconds.items()},
         "shallow_share": spread(shares, 4),
         "gain": {f"deepcache_interval {n}": round(n / (1 + (n - 1) * share), 2) for n in (2, 3, 5)},
@@ -225,10 +246,14 @@ def main(words: Sequence[str] | None = None) -> int:
     result |= {"pictures": pictures}
     if args.unet != "none":
         size = SIZES[args.unet]
-        result |= {"unet": {"name": args.unet, "side": size.side, **unet_part(size, args.repeats)}}
+        unet = random_unet(size.config)
+        result["unet"] = {"name": args.unet, **shallow_part(unet, size.side, args.repeats)}
+        result["large"] = {"name": args.unet, **merging_part(unet, size.large, args.repeats)}
         share = result["unet"]["shallow_share"]["median"]
         print(f"\nU-Net {args.unet}: a shallow row takes {share:.1%} of a whole one; a picture's gain:")
         print(*(f"{name:24}{gain:8.2f}" for name, gain in result["unet"]["gain"].items()), sep="\n")
+        gain = result["large"]["token_merging_ratio 0.5"]["median"]
+        print(f"U-Net {args.unet}, latents of {size.large} x {size.large}: token_merging_ratio 0.5 {gain:.2f}")
     write(args.out, result)
     gains = {name: each["seconds"]["median"] for name, each in pictures["choices"].items()}
     bars(args.out.with_suffix(".png"), "Choices that change the picture", "times as fast as exact", gains)

@@ -19,6 +19,7 @@ MAX_IMAGES = 64
 MAX_SIDE = 2048
 MAX_CLIP_SKIP = 12
 MAX_DEEPCACHE_INTERVAL = 20
+MAX_TOKEN_MERGING_RATIO = 0.75
 #: From this priority on somebody waits for the picture. The broker's uppermost step begins there (`jobs.bell`).
 URGENT_PRIORITY = 7
 MAX_MASK_BLUR = 256.0
@@ -44,6 +45,7 @@ ALLOWED: Mapping[str, str] = {
     "guidance_stop": "a number above 0, at most 1",
     "sampler": f"{_ONE_SPACING}; or, each also with _karras or _exponential: {_ALL_SPACINGS}",
     "deepcache_interval": f"a whole number from 1 to {MAX_DEEPCACHE_INTERVAL}",
+    "token_merging_ratio": f"a number from 0 to {MAX_TOKEN_MERGING_RATIO}",
     "eta": "a number from 0 to 1",
     "clip_skip": f"a whole number from 1 to {MAX_CLIP_SKIP}",
     "noise": "cpu or cuda",

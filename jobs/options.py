@@ -42,6 +42,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "guidance_start": ("SHARE", "share of the steps before which none is guided"),
         "guidance_stop": ("SHARE", "share of the steps after which none is guided"),
         "deepcache_interval": ("N", "one of so many steps computes the whole U-Net, the others its last block"),
+        "token_merging_ratio": ("R", "share of the positions that is merged in self-attention; for large sizes"),
     },
     "From a picture": {
         "init_image": ("PATH", "what is started from"),

@@ -19,6 +19,7 @@ from jobs.fields import (
     MAX_IMAGES,
     MAX_MASK_BLUR,
     MAX_SEED,
+    MAX_TOKEN_MERGING_RATIO,
     MAX_UPSCALE,
     MODEL_NAME,
     URGENT_PRIORITY,
@@ -56,6 +57,7 @@ class JobSpec(BaseModel):
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     guidance_stop: Share = 1.0
+    token_merging_ratio: Annotated[float, Field(ge=0, le=MAX_TOKEN_MERGING_RATIO)] = 0.0
     deepcache_interval: Annotated[int, Field(ge=1, le=MAX_DEEPCACHE_INTERVAL)] = 1
     sampler: Sampler = samplers.DEFAULT
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sd_engine.layers import KeysValues
+from sd_engine.merging import Merging
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,9 +42,17 @@ class PackContext:
 
     A run attends in one call of its own: so there is no padding and no mask, and what a row attends to is the same
     whatever the prompts of its neighbours are.
+
+    merging: how the rows attend to themselves, where not position by position.
     """
 
     runs: tuple[tuple[Context, ...], ...]
+    merging: Merging | None = None
+
+    def merging_at(self, size: torch.Size) -> Merging | None:
+        """The merging of feature maps of this height and width."""
+        merging = self.merging
+        return merging if merging is not None and tuple(size) == (merging.height, merging.width) else None
 
     def layer(self, index: int) -> list[KeysValues]:
         """Keys and values of one layer, each [R, G, T, K], of every run in order.
@@ -54,16 +63,16 @@ class PackContext:
         return [(each[:, 0], each[:, 1]) for each in stacked]
 
 
-def join(contexts: Sequence[Context], *, apart: bool = False) -> PackContext:
+def join(contexts: Sequence[Context], *, apart: bool = False, merging: Merging | None = None) -> PackContext:
     """The contexts of a pack's U-Net rows, as the U-Net takes them.
 
     apart: each row is a run. On CPUs the attention of few positions rounds by the number of rows of its call, which
     would let the neighbours' prompts choose a row's bits.
     """
     if apart:
-        return PackContext(tuple((context,) for context in contexts))
+        return PackContext(tuple((context,) for context in contexts), merging)
     runs = groupby(contexts, key=lambda context: context.tokens)
-    return PackContext(tuple(tuple(run) for _, run in runs))
+    return PackContext(tuple(tuple(run) for _, run in runs), merging)
 
 
 def tokens(context: Context) -> int:

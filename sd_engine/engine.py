@@ -14,6 +14,7 @@ from sd_engine.latents import DECODE_BATCH
 from sd_engine.model import Model
 from sd_engine.packer import Packer
 from sd_engine.passes import first_row, second_row
+from sd_engine.preview import Previewer
 from sd_engine.prompts import DEFAULT_CACHE_BYTES
 from sd_engine.request import Finished, Request
 from sd_engine.row import Lane, Row
@@ -70,6 +71,7 @@ class Engine:
         )
         decode_limit = 1 if deterministic else DECODE_BATCH
         self.saver = Saver(named)
+        self.previewer = Previewer(named)
         self.runner = make_runner(named, self.packer.bucket, cache_bytes, decode_limit)
         self._ids = count(1)
         self._rows: dict[int, Row] = {}
@@ -116,6 +118,13 @@ class Engine:
         if self.packer.idle:
             self.packer.check()
         return self.packer.idle
+
+    def preview(self, id: int) -> npt.NDArray[np.uint8] | None:
+        """A rough picture of a request in flight, uint8 [h, w, 3], a pixel for each latent cell; None before a step.
+
+        Raises KeyError for an id that is not in flight.
+        """
+        return self.previewer.preview(self._rows[id])
 
     def progress(self, id: int) -> tuple[int, int]:
         """Steps made and steps in all. Raises KeyError for an id that is not in flight."""

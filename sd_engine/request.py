@@ -19,6 +19,7 @@ MAX_STEPS: Final = 1000
 MAX_GUIDANCE: Final = 100.0
 MAX_SEED: Final = 2**64 - 1
 MAX_DEEPCACHE_INTERVAL: Final = 20
+MAX_TOKEN_MERGING_RATIO: Final = 0.75  # all but one of each square of 2 x 2 positions
 MAX_CLIP_SKIP: Final = 12
 MAX_MASK_BLUR: Final = 256.0
 MAX_UPSCALE: Final = 4.0
@@ -38,6 +39,8 @@ class Request:
     of two, and the picture is another one (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     deepcache_interval: each so many steps the whole U-Net is computed, and between only its last block, on deep
     features of the last whole step; 1 computes all of it always (Ma et al. 2023, arXiv 2312.00858).
+    token_merging_ratio: the share of the positions that do not attend for themselves where there are most of them
+    (Bolya and Hoffman 2023, arXiv 2303.17604); it pays from about 768 x 768 pixels on.
     eta: 0 (deterministic) to 1 (as noisy as DDPM), for the sampler `ddim` only.
     clip_skip: which layer of the text encoder is taken, counted from the last: 1 is the last, 2 the one before.
     width, height: pixels, multiples of 8; None takes the init image's size (rounded down to 8) or the model's own.
@@ -66,6 +69,7 @@ class Request:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     deepcache_interval: int = 1
+    token_merging_ratio: float = 0.0
     sampler: str = "dpmpp_2m_karras"
     eta: float = 0.0
     clip_skip: int = 1
@@ -93,6 +97,8 @@ class Request:
         _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0, "a number from 0 to 1")
         self._check_interval()
         _whole("deepcache_interval", self.deepcache_interval, 1, MAX_DEEPCACHE_INTERVAL)
+        most = MAX_TOKEN_MERGING_RATIO
+        _number("token_merging_ratio", self.token_merging_ratio, 0.0, most, f"a number from 0 to {most:g}")
         _choice("sampler", self.sampler, SAMPLERS)
         _number("eta", self.eta, 0.0, 1.0, "a number from 0 to 1")
         _whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)

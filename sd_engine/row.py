@@ -43,10 +43,11 @@ class Inpaint:
 class Call(NamedTuple):
     """What the rows of one U-Net call have in common beside their lane, at this step.
 
-    shallow: the deep features of an earlier step are reused (`reuse`).
+    shallow: the deep features of an earlier step are reused (`reuse`). merging: the ratio of merged tokens (`merging`).
     """
 
     shallow: bool = False
+    merging: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +90,7 @@ class Row:
     condition: float32 [5, h, w], the further channels of an inpainting U-Net.
     second: the row that goes on when this one is done (`passes`), with the steps made before it, and, as soon as they
     are made, first_pass: the latent that it starts from, and began: the state of the source of noise at that moment.
+    denoised: float32 [C, h, w], what the last step expected in the end (`preview`).
     resume: where the row goes on as soon as it is prepared. kept: only while the step that comes is a shallow one.
     urgent: somebody waits for this picture; it goes before the others (`packer`).
     """
@@ -112,6 +114,7 @@ class Row:
     began: torch.Tensor | None = field(default=None, repr=False)
     resume: Saved | None = field(default=None, repr=False)
     kept: Kept | None = field(default=None, repr=False)
+    denoised: torch.Tensor | None = field(default=None, repr=False)
     urgent: bool = False
 
     @property
@@ -143,16 +146,16 @@ class Row:
     @property
     def call(self) -> Call:
         """What it must have in common with the rows that it shares the U-Net call of the step that comes with."""
-        return Call(shallow=self.kept is not None and self._reuses(self.kept))
+        return Call(self.kept is not None and self._reuses(self.kept), self.request.token_merging_ratio)
 
     def _reuses(self, kept: Kept) -> bool:
         # Where guidance begins, nothing was kept for the U-Net row without the prompt.
         within = self.step < kept.at.step + self.request.deepcache_interval
         return within and not self.done and self.unet_rows <= kept.unet_rows
 
-    def advance(self, state: torch.Tensor, kept: Kept | None) -> None:
+    def advance(self, state: torch.Tensor, kept: Kept | None = None, denoised: torch.Tensor | None = None) -> None:
         """Take over what a step has made. This cannot fail: the rows of a pack advance all together or not at all."""
-        self.state, self.drawn, self.kept = state, None, kept
+        self.state, self.drawn, self.kept, self.denoised = state, None, kept, denoised
         self.step += 1
         if not self.call.shallow:
             self.kept = None

@@ -103,8 +103,8 @@ class Runner:
         keeps = kept(rows, deep_UCHW)  # where the rows stand before they draw
         states = [_noised(row, state_SCHW) for row, state_SCHW in zip(rows, state_BSCHW, strict=True)]
         # From here on nothing can fail for want of memory: the rows change all together, or not at all.
-        for row, state_SCHW, keep in zip(rows, states, keeps, strict=True):
-            row.advance(state_SCHW, keep)
+        for row, state_SCHW, keep, denoised_CHW in zip(rows, states, keeps, denoised_BCHW, strict=True):
+            row.advance(state_SCHW, keep, denoised_CHW)
 
     def _predict(
         self, model: Model, rows: Sequence[Row], x_BCHW: Tensor, t_B: Tensor, spread: Spread
@@ -115,7 +115,8 @@ class Runner:
             x_BCHW = torch.cat([x_BCHW, condition_BCHW], dim=1)
         contexts = [context for row in rows for context in row.texts]
         contexts += contexts[-1:] * (len(spread.source_U) - len(contexts))
-        context = join(contexts, apart=self.bucket(rows[0].lane) > 0)
+        merging = model.unet.merging(rows[0].call.merging, *x_BCHW.shape[2:])
+        context = join(contexts, apart=self.bucket(rows[0].lane) > 0, merging=merging)
         with model.at_work("unet"):
             x_UCHW = x_BCHW[spread.source_U].to(model.dtype)
             t_U, deep_UCHW = t_B[spread.source_U], reused(rows, len(spread.source_U))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
 from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext
 
@@ -52,9 +53,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = GeGlu(width)
 
-    def forward(self, x_UND: Tensor, context: Texts) -> Tensor:
+    def forward(self, x_UND: Tensor, context: Texts, merging: Merging | None = None) -> Tensor:
         """[U, N, D], the texts of its rows -> [U, N, D]."""
-        x_UND = x_UND + self.attn1(self.norm1(x_UND))
+        h_UND = self.norm1(x_UND)
+        x_UND = x_UND + (self.attn1(h_UND) if merging is None else merging.around(self.attn1, h_UND))
         texts = context.layer(self.index) if isinstance(context, PackContext) else [self.attn2.keys_values(context)]
         x_UND = x_UND + self.attn2.attend(self.norm2(x_UND), texts)
         return x_UND + self.ff(self.norm3(x_UND))
@@ -76,7 +78,7 @@ class SpatialTransformer(nn.Module):
         size, skip_UCHW = x_UCHW.shape[-2:], x_UCHW
         h = self.norm(x_UCHW)
         h_UNC = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))
-        h_UNC = self.block(h_UNC, context)
+        h_UNC = self.block(h_UNC, context, context.merging_at(size) if isinstance(context, PackContext) else None)
         h = _to_map(self.proj_out(h_UNC), size) if self.linear else self.proj_out(_to_map(h_UNC, size))
         return h + skip_UCHW
 
@@ -208,6 +210,14 @@ class UNet(nn.Module):
     def blocks(self) -> list[TransformerBlock]:
         """Those that attend to the text, in a fixed order."""
         return [module for module in self.modules() if isinstance(module, TransformerBlock)]
+
+    def merging(self, ratio: float, height: int, width: int) -> Merging | None:
+        """Of this ratio, for latents of this size: at the finest level that attends. None where nothing is merged."""
+        if ratio == 0.0 or not any(self.config.attention):
+            return None
+        for _ in range(self.config.attention.index(True)):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return Merging(ratio, height, width)
 
     def context(self, text_TD: Tensor) -> Context:
         """What all cross-attention layers make of one encoded prompt [T, context width]: the same at every step."""

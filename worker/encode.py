@@ -77,6 +77,7 @@ def parameters_text(spec: JobSpec, seed: int, width: int, height: int) -> str:
         "Skip Early CFG": f"{spec.guidance_start:g}" if spec.guidance_start else None,
         "CFG stop": f"{spec.guidance_stop:g}" if spec.guidance_stop < 1 else None,
         "DeepCache interval": spec.deepcache_interval if spec.deepcache_interval > 1 else None,
+        "Token merging ratio": f"{spec.token_merging_ratio:g}" if spec.token_merging_ratio else None,
         "Mask blur": None if spec.mask is None else f"{spec.mask_blur:g}",
         **_second_pass(spec),
     }

@@ -64,6 +64,7 @@ POOL = (
     Request("red", seed=30, steps=7, deepcache_interval=3, sampler="euler_a", guidance_stop=0.6, width=64, height=64),
     Request("at", seed=31, steps=5, deepcache_interval=2, guidance_start=0.5, sampler="heun", width=64, height=64),
     Request("cat", seed=32, steps=4, deepcache_interval=2, guidance=None, sampler="dpmpp_2m", init_image=INIT),
+    Request("red", seed=33, steps=3, token_merging_ratio=0.5, sampler="euler", width=64, height=64),
     Request("cat", seed=28, steps=3, guidance=9.0, guidance_rescale=0.7, sampler="euler", width=64, height=64),
 )
 

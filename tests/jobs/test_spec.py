@@ -84,6 +84,7 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("guidance_start", -0.1),
         ("guidance_stop", 1.1),
         ("deepcache_interval", 0),
+        ("token_merging_ratio", 0.8),
         ("eta", -0.1),
         ("clip_skip", 0),
         ("clip_skip", 13),
@@ -254,6 +255,7 @@ def test_all_that_the_engine_knows_can_be_asked_for() -> None:
 PROBES: dict[str, list[Any]] = {
     "guidance_rescale": [-0.01, 0, 0.5, 1, 1.01],
     "deepcache_interval": [0, 1, 20, 21, 2.0],
+    "token_merging_ratio": [-0.01, 0, 0.75, 0.76],
     "guidance_start": [-0.01, 0, 0.5, 1, 1.01],
     "guidance_stop": [-0.01, 0, 0.5, 1, 1.01],
     "eta": [-0.01, 0, 0.5, 1, 1.01],
