@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sd_engine.devices import one_thread
+from sd_engine.devices import one_thread, sent
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
@@ -151,7 +151,7 @@ def _noised(row: Row, state_SCHW: Tensor) -> Tensor:
     line, x_CHW = row.table.lines[row.step], state_SCHW[0]
     if line[Col.draws]:
         row.drawn = row.drawn if row.drawn is not None else _there(row.noise).draw(tuple(x_CHW.shape))
-        x_CHW += row.drawn.to(x_CHW.device) * float(line[Col.s])
+        x_CHW += sent(row.drawn, x_CHW.device) * float(line[Col.s])
     if row.inpaint is not None:
         kept = row.inpaint
         kept_CHW = kept.latent_CHW * float(line[Col.alpha_after]) + kept.noise_CHW * float(line[Col.sigma_after])
@@ -163,7 +163,7 @@ def _tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     """The current lines of the rows' step tables, float32: their columns [columns, B], and their mix [B, S, I]."""
     lines = np.stack([row.table.lines[row.step] for row in rows], axis=1).astype(np.float32)
     mix = np.stack([row.table.mix[row.step] for row in rows]).astype(np.float32)
-    return torch.from_numpy(lines).to(device), torch.from_numpy(mix).to(device)
+    return sent(torch.from_numpy(lines), device), sent(torch.from_numpy(mix), device)
 
 
 def _wide(values_B: Tensor) -> Tensor:
