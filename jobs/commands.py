@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def bulk(
     """
     defaults = given_fields(options)
     read_alone(defaults)  # the options' own mistakes
-    with Client() as client:
+    with _without_search_for_cycles(), Client() as client:
         rows = _stored(client, _read(file, defaults))
         if not rows:
             raise BadFile(f"{file}: has no rows")
@@ -123,6 +125,19 @@ def bulk(
     if refused:
         context.exit(2)
     _tell_unused(defaults, specs)
+
+
+@contextmanager
+def _without_search_for_cycles() -> Iterator[None]:
+    """A file of 100,000 rows is a million objects, all in use until the end: to look for garbage among them again and
+    again would take a third of the time."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
 
 
 def _tell_unused(common: Iterable[str], specs: Sequence[JobSpec]) -> None:
