@@ -8,6 +8,7 @@ and a copy for each job goes to the broker with hundreds of others, in one comma
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,6 @@ from uuid import uuid4
 from kombu import Producer
 from kombu.transport import redis
 from kombu.utils.json import dumps
-
-#: What stands for an id in a text that is to be copied; no JSON has such characters.
-_JOB, _BODY, _OWN = "\1", "\2", "\3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +55,21 @@ class Envelope:
     def __init__(self, kept: Kept, job_id: str) -> None:
         message = json.loads(kept.text)
         self.list = kept.list
-        self._body = base64.b64decode(message["body"]).decode().replace(job_id, _JOB)
-        # The broker keeps what is not acked by the tag, Celery what runs by the task's id.
+        self._body = base64.b64decode(message["body"]).decode().split(job_id)
         self._text = (
-            kept.text.replace(message["body"], _BODY)
-            .replace(message["properties"]["delivery_tag"], _OWN)
-            .replace(message["headers"]["id"], _OWN)
-            .replace(job_id, _JOB)
+            kept.text.replace("%", "%%")
+            .replace(message["body"], "%(body)s")
+            # The broker keeps what is not acked by the tag, Celery what runs by the task's id.
+            .replace(message["properties"]["delivery_tag"], "%(own)s")
+            .replace(message["headers"]["id"], "%(own)s")
+            .replace(job_id, "%(job)s")
         )
         self._stem, self._numbers = str(uuid4())[:-12], count()
 
     def copy(self, job_id: str) -> str:
         """The message for another job, with an id of its own."""
-        body = base64.b64encode(self._body.replace(_JOB, job_id).encode()).decode()
-        own = f"{self._stem}{next(self._numbers):012x}"
-        return self._text.replace(_BODY, body).replace(_JOB, job_id).replace(_OWN, own)
+        body = binascii.b2a_base64(job_id.join(self._body).encode(), newline=False).decode()
+        return self._text % {"job": job_id, "body": body, "own": f"{self._stem}{next(self._numbers):012x}"}
 
 
 def push(producer: Producer, envelope: Envelope, job_ids: Sequence[str]) -> None:
