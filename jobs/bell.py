@@ -28,8 +28,8 @@ ANSWER_S = 2.0
 #: After a ring that took a while and failed, the bell rests for so many times as long: a broker that swallows
 #: everything must not hold up each of a night's submits.
 REST_TIMES, REST_MOST_S = 5.0, 30.0
-#: Bells in one command: many, for each is a round trip; a few hundred KB, for the broker has to answer in time.
-AT_ONCE = 200
+#: Bells in one command: many, for each is a round trip; half a megabyte, for the broker has to answer in time.
+AT_ONCE = 500
 _IMPATIENT = {
     "socket_timeout": ANSWER_S,
     "socket_connect_timeout": ANSWER_S,
@@ -171,7 +171,7 @@ class Bell:
 def _bunches(jobs: Iterable[Rung]) -> Iterator[Sequence[Rung]]:
     """Jobs of one model and priority, at most `AT_ONCE` of them, in their order."""
     left = iter(jobs)
-    while window := sorted(islice(left, 5 * AT_ONCE), key=_kind):
+    while window := sorted(islice(left, 4 * AT_ONCE), key=_kind):
         for _, alike in groupby(window, key=_kind):
             while some := list(islice(alike, AT_ONCE)):
                 yield some
