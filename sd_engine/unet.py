@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
-from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding
+from sd_engine.layers import Attention, Downsample, Pointwise, ResBlock, Upsample, laid_out, timestep_embedding
 from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext
@@ -69,9 +69,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = config.linear_projection
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=_TRANSFORMER_EPS)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else Pointwise(channels, channels)
         self.block = TransformerBlock(channels, heads, config.context_width)
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if self.linear else Pointwise(channels, channels)
 
     def forward(self, x_UCHW: Tensor, context: Texts) -> Tensor:
         """[U, C, H, W], the texts of its rows -> [U, C, H, W]."""
@@ -239,7 +239,7 @@ class UNet(nn.Module):
         deep_UCHW: those of an earlier step. Then nothing before that block but `conv_in` is computed: the shallowest
         of the branches of DeepCache (Ma et al. 2023, arXiv 2312.00858).
         """
-        emb_UE, x_UCHW = self.time_embedding(t_U), self.conv_in(x_UCHW)
+        emb_UE, x_UCHW = self.time_embedding(t_U), self.conv_in(laid_out(x_UCHW))
         if deep_UCHW is None:
             deep_UCHW = self._deep(x_UCHW, emb_UE, context)
         last = self.up_blocks[-1]
