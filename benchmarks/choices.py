@@ -9,8 +9,8 @@ Two parts. Pictures: the shipped model draws the same prompts and seeds exactly 
 `seconds` are the exact run's over the choice's (larger is faster; whole U-Net rows count, shallow ones are listed
 beside them), PSNR and levels of 256 are against the exact pictures (the medians and means over the prompts), and
 `right` is the share that the checker of `benchmarks.mini_quality` takes for what was asked. U-Net: the seconds of one
-row, at the size of SD 1.5 with random weights: there a step's time is the U-Net's, in the small shipped model half of
-it is not.
+row, at the size of SD 1.5 with random weights, and of its finest transformer block with and without token merging:
+there a step's time is the U-Net's, in the small shipped model half of it is not.
 
 Prints both tables and writes `benchmarks/results/choices.json` and a plot beside it.
 """
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, load_model, shipped_model
 from sd_engine.config import UNetConfig
 from sd_engine.context import join
+from sd_engine.merging import Merging
 from sd_engine.row import Row
 from sd_engine.runner import Runner
-from sd_engine.unet import UNet
+from sd_engine.unet import TransformerBlock, UNet
 
 Pixels = npt.NDArray[np.uint8]
 EXACT = "exact"
@@ -182,6 +184,23 @@ def merging_part(unet: UNet, side: int, repeats: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
+def merging_in_a_block(size: Size, repeats: int) -> dict[int, Any]:
+    """The same of the finest transformer block alone, by the side of its feature map: what merging is about."""
+    level = size.config.attention.index(True)
+    width, heads = size.config.channels[level], size.config.heads[level]
+    block = TransformerBlock(width, heads, size.config.context_width).requires_grad_(False)
+    text = torch.randn(1, 77, size.config.context_width)
+    gains = {}
+    for side in (size.side, size.large):
+        x, merging = torch.randn(1, side * side, width), Merging(0.5, side, side)
+        block(x, text, merging)
+        ways = {EXACT: partial(block, x, text), "merged": partial(block, x, text, merging)}
+        seconds = in_turns(ways, repeats)
+        gains[side] = spread([a / b for a, b in zip(seconds[EXACT], seconds["merged"], strict=True)], 3)
+    return gains
+
+
+@torch.inference_mode()
 def shallow_part(unet: UNet, side: int, repeats: int) -> dict[str, Any]:
     """Seconds of one U-Net row, whole and shallow, in turns; and what they make of a picture's steps."""
     x, t = torch.randn(1, unet.config.in_channels, side, side), torch.tensor([500.0])
@@ -230,11 +249,12 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--unet", choices=[*SIZES, "none"], default="sd15", help="the U-Net of the second part")
+    parser.add_argument("--large", action="store_true", help="token merging in that whole U-Net too, at 768 x 768")
     parser.add_argument("--quick", action="store_true", help="two prompts, six steps, a tiny U-Net")
     parser.add_argument("--out", type=Path, default=RESULTS / "choices.json")
     args = parser.parse_args(words)
     if args.quick:
-        args.prompts, args.steps, args.repeats, args.unet = 2, 6, 1, "tiny"
+        args.prompts, args.steps, args.repeats, args.unet, args.large = 2, 6, 1, "tiny", True
     return args
 
 
@@ -248,12 +268,18 @@ def main(words: Sequence[str] | None = None) -> int:
         size = SIZES[args.unet]
         unet = random_unet(size.config)
         result["unet"] = {"name": args.unet, **shallow_part(unet, size.side, args.repeats)}
-        result["large"] = {"name": args.unet, **merging_part(unet, size.large, args.repeats)}
+        result["block"] = merging_in_a_block(size, args.repeats)
         share = result["unet"]["shallow_share"]["median"]
         print(f"\nU-Net {args.unet}: a shallow row takes {share:.1%} of a whole one; a picture's gain:")
         print(*(f"{name:24}{gain:8.2f}" for name, gain in result["unet"]["gain"].items()), sep="\n")
-        gain = result["large"]["token_merging_ratio 0.5"]["median"]
-        print(f"U-Net {args.unet}, latents of {size.large} x {size.large}: token_merging_ratio 0.5 {gain:.2f}")
+        for side, gain in result["block"].items():
+            print(
+                f"its finest attending block, {side} x {side} positions: token_merging_ratio 0.5 {gain['median']:8.2f}"
+            )
+        if args.large:
+            result["large"] = {"name": args.unet, **merging_part(unet, size.large, args.repeats)}
+            gain = result["large"]["token_merging_ratio 0.5"]["median"]
+            print(f"the U-Net, latents of {size.large} x {size.large}: token_merging_ratio 0.5 {gain:8.2f}")
     write(args.out, result)
     gains = {name: each["seconds"]["median"] for name, each in pictures["choices"].items()}
     bars(args.out.with_suffix(".png"), "Choices that change the picture", "times as fast as exact", gains)
