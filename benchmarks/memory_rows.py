@@ -34,7 +34,7 @@ _TOKENS, _FACTOR = 77, 8
 _FEW, _MANY = 3, 5
 # Where real calls are made, too: where rows take more than what is the same for any number of them.
 REAL: Final[Mapping[str, int]] = {"U-Net row": 512, "decoded picture": 256}
-_LIMIT_S = 300
+_LIMIT_S = 600
 
 Call = Callable[[int], Tensor]
 
