@@ -42,16 +42,18 @@ def laid_out(x_BCHW: Tensor) -> Tensor:
 class Conv3x3(nn.Conv2d):
     """A 3 x 3 convolution with a rim of zeros; by Winograd's algorithm where that is faster, and equal up to rounding.
 
-    The filters of that algorithm are made at the first call and kept, beside the weights.
+    The filters of that algorithm are made at the first call and kept beside the weights, at up to four times their
+    memory. sparing: never make them.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
+        self.sparing = False
         self._filters: dict[winograd.Form, tuple[tuple[int, int], winograd.Filters]] = {}
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
-        form = winograd.form_for(self.weight, x_BCHW)
+        form = None if self.sparing else winograd.form_for(self.weight, x_BCHW)
         if form is None:
             return super().forward(x_BCHW)
         return winograd.convolve(x_BCHW, self._filters_of(form), self.bias)
@@ -64,6 +66,13 @@ class Conv3x3(nn.Conv2d):
         if kept is None or kept[0] != made_of:
             kept = self._filters[form] = (made_of, winograd.Filters.of(weight, form))
         return kept[1]
+
+
+def spare_memory(module: nn.Module, sparing: bool) -> None:
+    """Whether the convolutions of a module do without what would make them fast at the cost of memory."""
+    for layer in module.modules():
+        if isinstance(layer, Conv3x3):
+            layer.sparing = sparing
 
 
 class Pointwise(nn.Conv2d):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from sd_engine import winograd
-from sd_engine.layers import Conv3x3
+from sd_engine import load_model, winograd
+from sd_engine.layers import Conv3x3, spare_memory
 from sd_engine.winograd import F2, F4, Filters, Form, convolve, form_for
 
 # Of the largest difference to the sum in float64, in deviations of the result. 7 digits; F4's maps have entries up to
@@ -98,3 +100,19 @@ def test_weights_that_were_changed_are_noticed() -> None:
     assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
     conv.load_state_dict({"weight": noise(128, 128, 3, 3), "bias": noise(128)}, assign=True)
     assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
+
+
+@torch.inference_mode()
+def test_a_model_that_spares_memory_keeps_no_filters() -> None:
+    conv, x = Conv3x3(128, 128), noise(1, 128, 8, 8)
+    spare_memory(nn.Sequential(conv), True)
+    assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
+    assert not conv._filters
+
+
+def test_the_modes_of_offload_decide_whether_memory_is_spared(tiny_folder: Path) -> None:
+    for offload, sparing in (("resident", False), ("idle", True), ("sequential", True)):
+        model = load_model(tiny_folder, offload=offload)
+        layers = [layer for layer in model.unet.modules() if isinstance(layer, Conv3x3)]
+        assert layers
+        assert {layer.sparing for layer in layers} == {sparing}
