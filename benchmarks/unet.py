@@ -1,0 +1,182 @@
+"""Seconds per U-Net row: ours, the reference's best configurations, OpenVINO, and the machine's ceiling.
+
+    python -m benchmarks.unet                                   float32, 64 x 64 latents, 1, 2 and 4 rows
+    python -m benchmarks.unet --compiled --rows 2               with torch.compile, which takes many minutes by itself
+    python -m benchmarks.unet --rows 1 2 4 8 --dtype bf16       on a machine that multiplies bfloat16 by itself
+    python -m benchmarks.unet --peers ours eager --repeats 5
+
+SD 1.5's size, random weights, the same for all. The peers take turns, so that what else the machine does meets all of
+them; medians and their spread are told. Prints a table and writes `benchmarks/results/unet.json` and a plot.
+Every prediction is compared with the reference's: a fast wrong one would be told with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from benchmarks.goals import Goal, as_json, at_least, spread
+from benchmarks.plots import bars
+from benchmarks.report import RESULTS, write
+from benchmarks.unet_peers import FULL, QUICK, Forward, Inputs, Peers
+from sd_engine.devices import DTYPES
+
+# Of one row at 64 x 64 latents, multiplications and additions counted one by one (the sum over the layers).
+TFLOP_PER_ROW = 0.803
+# Largest difference to the reference in deviations of its output: float32 rounds some hundred sums otherwise; bfloat16
+# keeps 8 bits.
+BARS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+REFERENCE = ("eager", "channels-last", "compiled")
+
+
+def ceiling(dtype: torch.dtype, quick: bool) -> dict[str, float]:
+    """TFLOP/s of a large matrix product and of a U-Net's typical convolution, the best of some."""
+    side, channels, cells = (256, 32, 16) if quick else (2048, 640, 32)
+    a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    x = torch.randn(2, channels, cells, cells).to(dtype).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).requires_grad_(False)
+    return {
+        "matmul": 2 * side**3 / _fastest(lambda: a @ b) / 1e12,
+        "convolution": 2 * 9 * 2 * channels**2 * cells**2 / _fastest(lambda: conv(x)) / 1e12,
+    }
+
+
+def _fastest(work: Callable[[], object], times: int = 5) -> float:
+    work()
+    return min(_seconds(work) for _ in range(times))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def measure(peers: Peers, names: Sequence[str], inputs: Inputs, repeats: int) -> list[dict[str, Any]]:
+    """A line for each peer: seconds per row (median, least, most), and how far its prediction is from the reference."""
+    made = {name: peers.make(name, inputs) for name in names}
+    forwards = {name: forward for name, forward in made.items() if forward is not None}
+    wanted = peers.make("eager", inputs)
+    assert wanted is not None
+    expected = wanted(inputs.x_UCHW, inputs.t_U, inputs.text_UTD)
+    rows = len(inputs.x_UCHW)
+    apart = {name: _apart(_run(forward, inputs), expected) for name, forward in forwards.items()}  # and warm
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
+    for _ in range(repeats):
+        for name, forward in forwards.items():
+            seconds[name].append(_seconds(lambda forward=forward: _run(forward, inputs)) / rows)  # type: ignore[misc]
+    return [
+        {"rows": rows, "peer": name, "seconds a row": spread(each, 4), "difference": apart[name]}
+        for name, each in seconds.items()
+    ]
+
+
+def _run(forward: Forward, inputs: Inputs) -> Tensor:
+    return forward(inputs.x_UCHW, inputs.t_U, inputs.text_UTD)
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().std())
+
+
+def goals(lines: Sequence[dict[str, Any]], dtype: torch.dtype, top: float) -> list[Goal]:
+    """The issue's, from the medians; the ratios are the medians over the numbers of rows."""
+    against = {name: _ratio(lines, "ours", (name,)) for name in ("eager", "openvino")}
+    best = _ratio(lines, "ours", REFERENCE)
+    found = []
+    if dtype == torch.bfloat16:
+        found.append(at_least("bf16: x the reference's eager", against["eager"], 1.45))
+        found.append(at_least("bf16: share of the matmul ceiling", top, 0.6))
+    else:
+        found.append(at_least("fp32: x the reference's best", best, 1.3))
+    if against["openvino"]:
+        found.append(at_least("x OpenVINO, static", against["openvino"], 1.0))
+    return found
+
+
+def _ratio(lines: Sequence[dict[str, Any]], ours: str, others: Sequence[str]) -> float:
+    """How many times as fast as the fastest of the others; 0 where none was measured."""
+    medians = {(line["rows"], line["peer"]): line["seconds a row"]["median"] for line in lines}
+    rows = sorted({line["rows"] for line in lines})
+    ratios = [
+        min(medians[count, other] for other in others if (count, other) in medians) / medians[count, ours]
+        for count in rows
+        if any((count, other) in medians for other in others)
+    ]
+    return statistics.median(ratios) if ratios else 0.0
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table."""
+    for line in lines:
+        took = line["seconds a row"]
+        print(
+            f"{line['rows']:3} rows  {line['peer']:26}{took['median']:9.3f} s a row "
+            f"({took['least']:.3f} to {took['most']:.3f})   difference {line['difference']:.1e}",
+            flush=True,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--peers", nargs="+", choices=Peers.names, metavar="PEER", help=f"of {', '.join(Peers.names)}")
+    parser.add_argument("--compiled", action="store_true", help="the compiled ones too, where --peers names none")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a tiny U-Net: seconds, and figures that mean nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "unet.json")
+    args = parser.parse_args(arguments)
+    args.peers = args.peers or [name for name in Peers.names if args.compiled or "compiled" not in name]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    diffusers.utils.logging.set_verbosity_error()
+    dtype, config = DTYPES[args.dtype], QUICK if args.quick else FULL
+    tops = ceiling(dtype, args.quick)
+    print(f"ceiling: matmul {tops['matmul']:.3f}, convolution {tops['convolution']:.3f} TFLOP/s")
+    peers, lines = Peers(config, dtype), []
+    for rows in args.rows:
+        inputs = Inputs.of(rows, config["sample_size"], config["cross_attention_dim"], dtype)
+        found = measure(peers, args.peers, inputs, args.repeats)
+        show(found)
+        lines += found
+    peers.close()
+    return _report(args, lines, dtype, tops)
+
+
+def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.dtype, tops: dict[str, float]) -> int:
+    fastest = min((line["seconds a row"]["median"] for line in lines if line["peer"] == "ours"), default=float("inf"))
+    rate = TFLOP_PER_ROW / fastest
+    reached = goals(lines, dtype, rate / tops["matmul"]) if "ours" in args.peers else []
+    print(f"ours: {rate:.3f} TFLOP/s of the plain sum, {rate / tops['matmul']:.2f} of the matmul ceiling")
+    print("\n".join(goal.line for goal in reached))
+    most = max(line["rows"] for line in lines)
+    shown = {line["peer"]: line["seconds a row"]["median"] for line in lines if line["rows"] == most}
+    bars(args.out.with_suffix(".png"), f"U-Net of SD 1.5, {args.dtype}, {most} rows", "seconds a row", shown)
+    result = {
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "ceiling TFLOP/s": tops,
+        "share of the matmul ceiling, by the plain sum": rate / tops["matmul"],
+        "rows": lines,
+        "goals": as_json(reached),
+    }
+    write(args.out, result, beside=("diffusers",))
+    wrong = [line for line in lines if not line["difference"] <= BARS[dtype]]
+    for line in wrong:
+        print(f"{line['peer']}: {line['difference']:.1e} from the reference, the bar is {BARS[dtype]:.0e}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

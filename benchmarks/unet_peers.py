@@ -1,0 +1,181 @@
+"""The U-Nets that `benchmarks.unet` times: ours and the reference's, over the very same weights.
+
+Legend of the shape suffixes: U U-Net rows, C channels, H height, W width, T text tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from sd_engine import winograd
+from sd_engine.config import UNetConfig
+from sd_engine.keymaps import DIFFUSERS_UNET
+from sd_engine.unet import UNet
+from tests.engine.reference import pour
+
+FULL: Mapping[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+    "layers_per_block": 2,
+}
+QUICK: Mapping[str, Any] = FULL | {"cross_attention_dim": 64, "block_out_channels": (32, 64, 64, 64), "sample_size": 16}
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What every U-Net is given."""
+
+    x_UCHW: Tensor
+    t_U: Tensor
+    text_UTD: Tensor
+
+    @classmethod
+    def of(cls, rows: int, side: int, width: int, dtype: torch.dtype) -> Inputs:
+        """Noise, timesteps that differ, and texts, for so many rows of side x side latent cells."""
+        generator = torch.Generator().manual_seed(rows)
+        x_UCHW = torch.randn(rows, 4, side, side, generator=generator).to(dtype)
+        text_UTD = torch.randn(rows, 77, width, generator=generator).to(dtype)
+        return cls(x_UCHW, torch.linspace(10, 980, rows), text_UTD)
+
+
+class Peers:
+    """Makes each peer by name; all share one set of random weights."""
+
+    names = ("ours", "ours, plain convolutions", "ours compiled", "eager", "channels-last", "compiled", "openvino")
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self._config, self._dtype = config, dtype
+        self.reference = _reference(config, dtype)
+        self.ours = _ours(config, self.reference)
+        self._files = ExitStack()
+
+    def make(self, name: str, inputs: Inputs) -> Forward | None:
+        """The peer, compiled for these inputs where it is compiled; None where what it needs is not installed."""
+        reference, ours = self.reference, self.ours
+        if name == "ours":
+            return lambda x, t, text: ours(x, t, text)
+        if name == "ours, plain convolutions":
+            return _plainly(ours)
+        if name == "ours compiled":
+            return _compiled(ours)
+        if name == "eager":
+            return lambda x, t, text: reference(x, t, text).sample
+        if name == "channels-last":
+            return _channels_last(reference)
+        if name == "compiled":
+            compiled = _compiled(reference)
+            return lambda x, t, text: compiled(x, t, text, return_dict=False)[0]
+        return self._openvino(inputs)
+
+    def _openvino(self, inputs: Inputs) -> Forward | None:
+        if importlib.util.find_spec("openvino") is None:
+            return None
+        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
+        return _openvino(self.reference, inputs, folder)
+
+    def close(self) -> None:
+        """Remove what was written."""
+        self._files.close()
+
+
+def _reference(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        reference: Any = UNet2DConditionModel(**config)
+    reference = reference.to_empty(device="cpu").to(dtype).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in reference.named_parameters():
+        # Weights of a deviation that keeps activations about one, norms that only normalise.
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return reference
+
+
+def _ours(config: Mapping[str, Any], reference: Any) -> UNet:
+    channels = config["block_out_channels"]
+    attention = (*(True,) * (len(channels) - 1), False)
+    with torch.device("meta"):
+        ours = UNet(
+            UNetConfig(
+                channels=channels,
+                context_width=config["cross_attention_dim"],
+                heads=(config["attention_head_dim"],) * len(channels),
+                attention=attention,
+                blocks_per_level=config["layers_per_block"],
+                sample_size=config["sample_size"],
+            )
+        )
+    return pour(reference, ours, DIFFUSERS_UNET).requires_grad_(False)
+
+
+def _plainly(ours: UNet) -> Forward:
+    """Ours without Winograd's algorithm: what it alone is worth."""
+
+    def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
+        with mock.patch.object(winograd, "form_for", return_value=None):
+            return ours(x_UCHW, t_U, text_UTD)
+
+    return forward
+
+
+def _channels_last(reference: Any) -> Forward:
+    def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
+        x_UCHW = x_UCHW.contiguous(memory_format=torch.channels_last)
+        prediction_UCHW: Tensor = reference(x_UCHW, t_U, text_UTD).sample
+        return prediction_UCHW
+
+    return forward
+
+
+def _compiled(module: nn.Module) -> Any:
+    """By inductor, for static shapes; its weights prepacked ("freezing")."""
+    inductor = importlib.import_module("torch._inductor.config")
+    inductor.freezing = True  # type: ignore[attr-defined]
+    return torch.compile(module, dynamic=False)
+
+
+def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
+    """For these shapes alone, in the precision of the weights; from a file, so that its weights are not held twice."""
+    openvino = importlib.import_module("openvino")
+
+    class Plain(nn.Module):
+        def forward(self, x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
+            prediction_UCHW: Tensor = reference(x_UCHW, t_U, text_UTD, return_dict=False)[0]
+            return prediction_UCHW
+
+    example = (inputs.x_UCHW.float(), inputs.t_U, inputs.text_UTD.float())
+    model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
+    openvino.save_model(model, folder / "unet.xml", compress_to_fp16=inputs.x_UCHW.dtype != torch.float32)
+    del model
+    gc.collect()
+    precision = "f32" if inputs.x_UCHW.dtype == torch.float32 else "bf16"
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(folder / "unet.xml", "CPU", options)
+
+    def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
+        given = [each.float().numpy() for each in (x_UCHW, t_U, text_UTD)]
+        return torch.from_numpy(compiled(given)[0]).to(x_UCHW.dtype)
+
+    return forward
