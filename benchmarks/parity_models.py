@@ -84,7 +84,7 @@ def write_checkpoint(family: Family, path: Path) -> Path:
 def open_reference(family: Family, folder: Path) -> Any:
     """The reference's pipeline over the folder that we wrote, at float32, every module loaded strictly."""
     for component, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        _, found = kind.from_pretrained(folder / component, output_loading_info=True)  # type: ignore[attr-defined]
+        _, found = kind.from_pretrained(folder / component, output_loading_info=True)  # type: ignore[no-untyped-call]
         if any(found.values()):
             raise SystemExit(f"{family.name}: the reference does not take our {component} as it is: {found}")
     pipeline = family.pipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
