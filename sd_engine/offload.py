@@ -1,8 +1,8 @@
 """Where weights wait: a model larger than the device's memory keeps some at home, on the CPU, until there is work.
 
 `resident`: all weights stay on the device, and on a CPU what makes convolutions fast is kept beside them. `idle`: the
-text encoder and the VAE wait at home, the U-Net stays, with its weights alone. `sequential`: the U-Net waits too, and its
-layers visit the device one by one during a forward.
+text encoder and the VAE wait at home, the U-Net stays, with its weights alone. `sequential`: the U-Net waits too, and
+its layers visit the device one by one during a forward.
 """
 
 from __future__ import annotations
