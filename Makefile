@@ -29,7 +29,7 @@ CHECKED := jobs sd_engine worker migrations tests benchmarks
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow faults faults-mutations soak figures parity audit check format train-mini clean
+.PHONY: help .venv demo test test-slow faults faults-mutations soak bench figures parity audit check format train-mini clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ faults-mutations: $(STAMP)  ## break our own code in one way after the other, an
 soak: $(STAMP)  ## row 53 at length: MINUTES=30 JOBS=10000 SEED=1
 	@SOAK_MINUTES=$(MINUTES) SOAK_JOBS=$(JOBS) SOAK_REPORT=benchmarks/results/soak.json \
 		$(BIN)/python -m pytest -q -s tests/faults/test_soak.py --seed $(or $(SEED),1)
+
+BENCHMARKS := unet pipeline mixed urgent service submit scale cold memory choices
+
+bench: $(STAMP)  ## every benchmark of speed, one after the other: the better part of an hour on two cores
+	@failed=; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
+		done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 figures: $(STAMP)  ## how fast the queue is, how soon it notices a dead worker, what its promise costs
 	@$(BIN)/python -m benchmarks.queue_figures
