@@ -51,12 +51,15 @@ class Conv3x3(nn.Conv2d):
         self.sparing = False
         self._filters: dict[winograd.Form, tuple[tuple[int, int], winograd.Filters]] = {}
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
+    def forward(self, x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
+        """[B, channels_in, H, W] -> [B, channels_out, H, W]; shift: added to every cell, [B, channels_out]."""
         form = None if self.sparing else winograd.form_for(self.weight, x_BCHW)
         if form is None:
-            return super().forward(x_BCHW)
-        return winograd.convolve(x_BCHW, self._filters_of(form), self.bias)
+            out_BCHW = super().forward(x_BCHW)
+            return out_BCHW if shift_BC is None else out_BCHW + shift_BC[:, :, None, None]
+        assert self.bias is not None
+        bias = self.bias if shift_BC is None else self.bias + shift_BC
+        return winograd.convolve(x_BCHW, self._filters_of(form), bias)
 
     def _filters_of(self, form: winograd.Form) -> winograd.Filters:
         weight = self.weight
@@ -100,11 +103,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor | None = None) -> Tensor:
         """[B, channels_in, H, W], and [B, E] if it was built with a time width -> [B, channels_out, H, W]."""
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        shift_BC = None
         if self.time_emb_proj is not None:
             assert emb_BE is not None, "a block with a time embedding needs one"
-            h_BCHW = h_BCHW + self.time_emb_proj(F.silu(emb_BE))[:, :, None, None]
-        return self.skip(x_BCHW) + self.conv2(F.silu(self.norm2(h_BCHW)))
+            shift_BC = self.time_emb_proj(F.silu(emb_BE))
+        # Where no gradient is wanted the activation takes the norm's own memory: new memory costs a CPU page faults.
+        in_place = not torch.is_grad_enabled()
+        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW), inplace=in_place), shift_BC)
+        return self.conv2(F.silu(self.norm2(h_BCHW), inplace=in_place)) + self.skip(x_BCHW)
 
     def skip(self, x_BCHW: Tensor) -> Tensor:
         """What goes around the convolutions, cell by cell: [B, channels_in, H, W] -> [B, channels_out, H, W]."""

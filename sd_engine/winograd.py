@@ -110,17 +110,23 @@ class Filters:
         return cls(form, both_AC.flatten(0, 1).to(weight_OC33.dtype).contiguous())
 
 
-def convolve(x_UCHW: Tensor, filters: Filters, bias_O: Tensor | None) -> Tensor:
-    """The 3 x 3 convolution with a rim of zeros: [U, C, H, W] -> [U, O, H, W], in the channels-last layout."""
+def convolve(x_UCHW: Tensor, filters: Filters, bias: Tensor | None) -> Tensor:
+    """The 3 x 3 convolution with a rim of zeros: [U, C, H, W] -> [U, O, H, W], in the channels-last layout.
+
+    bias: added to every output; [O], or [U, O] where each picture has its own.
+    """
     form, (count, _, height, width) = filters.form, x_UCHW.shape
     m, channels_out = form.outputs, filters.filters_ACO.shape[2]
     down, across = -(-height // m), -(-width // m)
     x_UHWC = F.pad(x_UCHW.permute(0, 2, 3, 1), (0, 0, 1, across * m + 1 - width, 1, down * m + 1 - height))
     out_UHWO = x_UHWC.new_empty(count, down * m, across * m, channels_out)
     per_tile = len(filters.filters_ACO) * max(x_UCHW.shape[1], channels_out)
+    bias_UO = None if bias is None else bias.expand(count, channels_out)
     for pictures, rows in _parts(count, down, max(1, _WORK // (per_tile * across))):
         seen_UHWC = x_UHWC[pictures, rows.start * m : rows.stop * m + 2]
-        out_UHWO[pictures, rows.start * m : rows.stop * m] = _tiles(seen_UHWC, filters, bias_O)
+        out_UHWO[pictures, rows.start * m : rows.stop * m] = _tiles(
+            seen_UHWC, filters, None if bias_UO is None else bias_UO[pictures]
+        )
     return out_UHWO[:, :height, :width].permute(0, 3, 1, 2)
 
 
@@ -132,7 +138,7 @@ def _parts(pictures: int, rows: int, most: int) -> Iterator[tuple[slice, slice]]
             yield slice(first, min(first + together, pictures)), slice(top, min(top + most, rows))
 
 
-def _tiles(x_UHWC: Tensor, filters: Filters, bias_O: Tensor | None) -> Tensor:
+def _tiles(x_UHWC: Tensor, filters: Filters, bias_UO: Tensor | None) -> Tensor:
     """Inputs of whole tiles with their rim, [U, m * rows + 2, m * columns + 2, C] -> [U, m * rows, m * columns, O]."""
     form, channels = filters.form, x_UHWC.shape[3]
     m, positions = form.outputs, form.inputs**2
@@ -141,8 +147,8 @@ def _tiles(x_UHWC: Tensor, filters: Filters, bias_O: Tensor | None) -> Tensor:
     inputs_APC = tiles_URXCyx.permute(4, 5, 0, 1, 2, 3).reshape(positions, -1)
     inputs_APC = (form.gather @ inputs_APC).view(positions, -1, channels)
     products_APO = torch.bmm(inputs_APC, filters.filters_ACO)
-    if bias_O is not None:
+    if bias_UO is not None:
         # The product at (1, 1) reaches every output of its tile once.
-        products_APO[form.inputs + 1] += bias_O
+        products_APO[form.inputs + 1].view(pictures, down * across, -1).add_(bias_UO[:, None])
     out_yx = (form.scatter @ products_APO.flatten(1)).view(m, m, pictures, down, across, -1)
     return out_yx.permute(2, 3, 0, 4, 1, 5).reshape(pictures, down * m, across * m, -1)

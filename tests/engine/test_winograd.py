@@ -53,6 +53,13 @@ def test_any_shape_and_layout_gives_the_plain_convolution(
 
 
 @FORMS
+def test_each_picture_may_have_a_bias_of_its_own(form: Form) -> None:
+    x, weight, bias_UO = noise(3, 8, 9, 10), noise(5, 8, 3, 3, seed=1), noise(3, 5, seed=2)
+    wanted = exact(x, weight, None) + bias_UO.double()[:, :, None, None]
+    assert_equal(convolve(x, Filters.of(weight, form), bias_UO), wanted, form)
+
+
+@FORMS
 def test_work_in_strips_gives_the_same_as_work_at_once(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = noise(3, 8, 21, 18), noise(5, 8, 3, 3, seed=1), noise(5, seed=2)
     monkeypatch.setattr(winograd, "_WORK", 1)
