@@ -17,7 +17,7 @@ from jobs.errors import FieldError, InvalidSpec, JobNotFound, KeyNotFound, Stora
 from jobs.failpoints import failpoint
 from jobs.inputs import Inputs
 from jobs.prune import Order, Prune, Pruned, Watch, silently
-from jobs.repair import DIFFERS, MISSING, Damage, all_shown, check, queue_again, why_broken
+from jobs.repair import DIFFERS, MISSING, Damage, all_shown, check, queue_again
 from jobs.settings import Settings
 from jobs.spec import JobSpec, read_spec
 from jobs.states import TERMINAL, State
@@ -194,11 +194,6 @@ class Client:
             if image.index == index:
                 return image
         raise JobNotFound(f"job {as_id(job_id)} has no image {index}")
-
-    def broken_images(self, view: JobView) -> dict[int, str]:
-        """Why which images of the job cannot be shown. Raises StorageError."""
-        reasons = {image.index: why_broken(self._storage, image) for image in view.images}
-        return {index: reason for index, reason in reasons.items() if reason is not None}
 
     def prune(self, order: Order, watch: Watch = silently) -> Pruned:
         """Remove old jobs with all that is theirs, and objects that no row names. Raises StorageError.

@@ -233,7 +233,14 @@ def _picture(client: Client, view: JobView, image: Output) -> dict[str, str | No
         return {"url": None, "problem": str(error)}
 
 
-@click.command(epilog="\b\nExample:\n  nightshift cancel 018f2a5c-0000-7000-8000-000000000000")
+@click.command(
+    epilog="""\b
+Example:
+  nightshift cancel 018f2a5c-0000-7000-8000-000000000000
+
+\b
+Exit codes: 0 cancelled or asked to stop, 1 it had ended before or a service does not answer, 2 no such job."""
+)
 @click.argument("job_id", metavar="ID")
 def cancel(job_id: str) -> None:
     """Cancel a queued job, or ask the worker of a running one to stop."""
@@ -242,7 +249,14 @@ def cancel(job_id: str) -> None:
     click.echo("cancelled" if state == State.cancelled else "its worker was asked to stop")
 
 
-@click.command(epilog="\b\nExample:\n  nightshift retry 018f2a5c-0000-7000-8000-000000000000")
+@click.command(
+    epilog="""\b
+Example:
+  nightshift retry 018f2a5c-0000-7000-8000-000000000000
+
+\b
+Exit codes: 0 queued again, 1 it has not failed or a service does not answer, 2 no such job."""
+)
 @click.argument("job_id", metavar="ID")
 def retry(job_id: str) -> None:
     """Put a failed job back into the queue."""

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -129,7 +130,16 @@ def _parse_one(text: str) -> tuple[str, _Plan]:
     return place, plan
 
 
-_plans: Mapping[str, _Plan] = parse(os.environ.get(VARIABLE, ""))
+def _from_environment() -> Mapping[str, _Plan]:
+    try:
+        return parse(os.environ.get(VARIABLE, ""))
+    except ValueError as error:
+        # At import, before any command could tell it.
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+_plans: Mapping[str, _Plan] = _from_environment()
 
 
 def failpoint(place: str) -> None:
