@@ -7,6 +7,8 @@ process like any other: its own group, environment, log and random numbers; it d
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
 import importlib
 import json
 import os
@@ -24,14 +26,17 @@ from pathlib import Path
 from select import poll
 from typing import Any
 
+import boto3
+from botocore.loaders import JSONFileLoader
+
 ROOT = Path(__file__).parents[2]
 #: Imported before the first fork. None of them may start a thread: a fork takes only its own along.
 PRELOADED = (
     "torch", "numpy", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "celery", "kombu.transport.redis",
     "kombu.transport.memory", "celery.concurrency.thread", "celery.worker.consumer", "celery.app.amqp",
     "celery.loaders.app", "celery.fixups.django", "sqlalchemy.dialects.sqlite.pysqlite",
-    "sqlalchemy.dialects.postgresql.psycopg", "alembic.command", "boto3", "botocore.httpsession",
-    "jobs.client", "jobs.storage_s3", "worker.process", "worker.logs", "tests.faults.targets",
+    "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "psycopg_binary.pq", "alembic.command", "boto3",
+    "botocore.httpsession", "jobs.client", "jobs.storage_s3", "worker.process", "worker.logs", "tests.faults.targets",
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1
 _SETTINGS = ("NIGHTSHIFT_", "AWS_")
@@ -135,6 +140,10 @@ def main() -> None:
     """Answer questions on the socket until its other end closes."""
     for name in PRELOADED:
         importlib.import_module(name)
+    _read_once()
+    # What is there now is never garbage: no child shall look at it, and have its pages copied for that.
+    gc.collect()
+    gc.freeze()
     connection = socket.socket(fileno=int(sys.argv[1]))
     file = connection.makefile("rw", encoding="utf-8")
     for line in file:
@@ -149,6 +158,14 @@ def main() -> None:
         else:
             answer = {"threads": len(os.listdir("/proc/self/task"))}
         print(json.dumps(answer), file=file, flush=True)
+
+
+def _read_once() -> None:
+    """Let the files that describe S3 to boto3 be parsed here; each worker would take half its start for that."""
+    read = functools.cache(JSONFileLoader().load_file)
+    setattr(JSONFileLoader, "load_file", lambda self, path: read(path))  # noqa: B010, mypy refuses a plain assignment
+    nobody = {"aws_access_key_id": "-", "aws_secret_access_key": "-", "region_name": "us-east-1"}
+    boto3.session.Session(**nobody).client("s3").close()
 
 
 def _reap(pid: int) -> int | None:
