@@ -26,14 +26,14 @@ from sd_engine.keymaps import DIFFUSERS_UNET
 from sd_engine.unet import UNet
 from tests.engine.reference import pour
 
-FULL: Mapping[str, Any] = {
+FULL: dict[str, Any] = {
     "sample_size": 64,
     "cross_attention_dim": 768,
     "block_out_channels": (320, 640, 1280, 1280),
     "attention_head_dim": 8,
     "layers_per_block": 2,
 }
-QUICK: Mapping[str, Any] = FULL | {"cross_attention_dim": 64, "block_out_channels": (32, 64, 64, 64), "sample_size": 16}
+QUICK: dict[str, Any] = FULL | {"cross_attention_dim": 64, "block_out_channels": (32, 64, 64, 64), "sample_size": 16}
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -74,9 +74,10 @@ class Peers:
         if name == "ours, plain convolutions":
             return _plainly(ours)
         if name == "ours compiled":
-            return _compiled(ours)
+            compiled_ours: Forward = _compiled(ours)
+            return compiled_ours
         if name == "eager":
-            return lambda x, t, text: reference(x, t, text).sample
+            return _eager(reference)
         if name == "channels-last":
             return _channels_last(reference)
         if name == "compiled":
@@ -131,7 +132,16 @@ def _plainly(ours: UNet) -> Forward:
 
     def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
         with mock.patch.object(winograd, "form_for", return_value=None):
-            return ours(x_UCHW, t_U, text_UTD)
+            prediction_UCHW: Tensor = ours(x_UCHW, t_U, text_UTD)
+        return prediction_UCHW
+
+    return forward
+
+
+def _eager(reference: Any) -> Forward:
+    def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
+        prediction_UCHW: Tensor = reference(x_UCHW, t_U, text_UTD).sample
+        return prediction_UCHW
 
     return forward
 
