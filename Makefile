@@ -56,7 +56,7 @@ test-slow: $(STAMP)  ## the slow tests only
 	@$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
 faults: $(STAMP)  ## every fault of the table, SEEDS=20 times each; ACKS_LATE=0: bells acked early; SEED=7: one again
-	@$(BIN)/python -m pytest -q -n $(FAULT_PROCESSES) --dist worksteal tests/faults --acks-late $(ACKS_LATE) \
+	@$(BIN)/python -m pytest -q -n $(FAULT_PROCESSES) --dist load --maxschedchunk 2 tests/faults --acks-late $(ACKS_LATE) \
 		$(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(PYTEST_FLAGS)
 
 faults-mutations: $(STAMP)  ## break our own code in one way after the other, and see which rows notice
