@@ -57,4 +57,5 @@ def fitted(model: Model) -> Tensor:
     latents_PCHW = torch.stack([encode_picture(model, picture, silence_CHW).cpu() for picture in pictures_P3HW])
     inputs_NC = F.pad(latents_PCHW.permute(0, 2, 3, 1).flatten(0, 2), (0, 1), value=1.0)
     colours_N3 = F.avg_pool2d(pictures_P3HW, model.factor).permute(0, 2, 3, 1).flatten(0, 2)
-    return torch.linalg.lstsq(inputs_NC, colours_N3).solution
+    # In float64: its last bits depend on where the numbers happen to lie in memory.
+    return torch.linalg.lstsq(inputs_NC.double(), colours_N3.double()).solution.float()
