@@ -37,8 +37,9 @@ from worker.translate import to_requests
 
 #: In place of a spec that cannot be read.
 DUMMY = JobSpec(prompt="unreadable")
-#: Seconds that a worker has to hear and drop the last bells.
-IDLE_S = 10.0
+#: Seconds that a worker has to hear and drop the last bells: after an outage Celery looks for the broker in ever longer
+#: pauses, and what was not acked comes back later still.
+IDLE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)

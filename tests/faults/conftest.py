@@ -31,6 +31,7 @@ def migrated_database(postgres_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def bucket_server(rclone_server: S3Server) -> S3Server:
+    zygote.read_once()
     lanes.make_bucket(rclone_server)
     return rclone_server
 

@@ -43,6 +43,8 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 )
 #: For rows in which no lease may end: a loaded machine must not end it either.
 CALM: Mapping[str, Any] = MappingProxyType({"lease_s": 12.0, "beat_s": 1.0})
+#: Between two looks of a test that waits: each costs the database and the cores that the workers need.
+LONGEST_PAUSE_S = 0.03
 STEPS = 8
 
 
@@ -204,11 +206,12 @@ class Night:
 
     def wait_until(self, happened: Callable[[], object], what: str, timeout: float = PATIENCE_S) -> None:
         """Look again and again; fails with the end of the log."""
-        deadline = time.monotonic() + timeout
+        deadline, pause_s = time.monotonic() + timeout, 0.005
         while not happened():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{what} did not happen within {timeout:.1f} s (seed {self.seed})\n{self.tail()}")
-            time.sleep(0.01)
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, LONGEST_PAUSE_S)
 
     def wait_running(self, count: int = 1) -> list[UUID]:
         """The jobs in state running, once there are so many."""

@@ -133,6 +133,15 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@functools.cache
+def read_once() -> None:
+    """Parse what describes S3 to boto3, once for this process: a client takes longer for it than for all else."""
+    read = functools.cache(JSONFileLoader().load_file)
+    setattr(JSONFileLoader, "load_file", lambda self, path: read(path))  # noqa: B010, mypy refuses a plain assignment
+    nobody = {"aws_access_key_id": "-", "aws_secret_access_key": "-", "region_name": "us-east-1"}
+    boto3.session.Session(**nobody).client("s3").close()
+
+
 # In the zygote
 
 
@@ -140,7 +149,7 @@ def main() -> None:
     """Answer questions on the socket until its other end closes."""
     for name in PRELOADED:
         importlib.import_module(name)
-    _read_once()
+    read_once()
     # What is there now is never garbage: no child shall look at it, and have its pages copied for that.
     gc.collect()
     gc.freeze()
@@ -158,14 +167,6 @@ def main() -> None:
         else:
             answer = {"threads": len(os.listdir("/proc/self/task"))}
         print(json.dumps(answer), file=file, flush=True)
-
-
-def _read_once() -> None:
-    """Let the files that describe S3 to boto3 be parsed here; each worker would take half its start for that."""
-    read = functools.cache(JSONFileLoader().load_file)
-    setattr(JSONFileLoader, "load_file", lambda self, path: read(path))  # noqa: B010, mypy refuses a plain assignment
-    nobody = {"aws_access_key_id": "-", "aws_secret_access_key": "-", "region_name": "us-east-1"}
-    boto3.session.Session(**nobody).client("s3").close()
 
 
 def _reap(pid: int) -> int | None:
