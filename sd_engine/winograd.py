@@ -30,27 +30,31 @@ _LEAST_CELLS_F4 = 256
 # What one pass over the tiles writes at most, as floats: three such work areas stay in the caches that cores share.
 _WORK = 2 * 1024 * 1024
 
+# Weights of which filters are made at once: in float64 all of a layer would take half a gigabyte.
+_PART = 2**18
+
 _Rows = Sequence[Sequence[float]]
 
 
 class Form:
     """One of the algorithms F(m x m, 3 x 3): its maps, in the paper's notation.
 
-    gather [A, A] takes a tile's inputs to the products, scatter [m * m, A] the products to a tile's outputs.
+    gather [A, A] takes a tile's inputs to the products, spread [A, 9] the weights, scatter [m * m, A] the products to a
+    tile's outputs.
     """
 
     def __init__(self, outputs: int, input_map: _Rows, filter_map: _Rows, output_map: _Rows) -> None:
         self.outputs = outputs
         self.inputs = outputs + 2
-        self.filter_map = torch.tensor(filter_map, dtype=torch.float64)
-        self.gather = _both_sides(input_map)
-        self.scatter = _both_sides(output_map)
+        self.gather = _both_sides(input_map).float()
+        self.spread = _both_sides(filter_map)
+        self.scatter = _both_sides(output_map).float()
 
 
 def _both_sides(map_: _Rows) -> Tensor:
     """A map along one side of a tile -> the map of the flattened tile, along both."""
     along = torch.tensor(map_, dtype=torch.float64)
-    return torch.kron(along, along).float()
+    return torch.kron(along, along)
 
 
 F2: Final = Form(
@@ -105,9 +109,12 @@ class Filters:
     @classmethod
     def of(cls, weight_OC33: Tensor, form: Form) -> Filters:
         """Made in float64: it is done once, and its rounding would be in every picture."""
-        along = form.filter_map
-        both_AC = torch.einsum("ai,bj,ocij->abco", along, along, weight_OC33.double())
-        return cls(form, both_AC.flatten(0, 1).to(weight_OC33.dtype).contiguous())
+        channels_out, channels_in = weight_OC33.shape[:2]
+        taps_9CO = weight_OC33.permute(2, 3, 1, 0).reshape(9, -1)
+        filters_ACO = torch.cat(
+            [(form.spread @ part.double()).to(taps_9CO.dtype) for part in taps_9CO.split(_PART, 1)], 1
+        )
+        return cls(form, filters_ACO.view(-1, channels_in, channels_out))
 
 
 def convolve(x_UCHW: Tensor, filters: Filters, bias: Tensor | None) -> Tensor:
