@@ -1,6 +1,6 @@
 """Seconds per U-Net row: ours, the reference's best configurations, OpenVINO, and the machine's ceiling.
 
-    python -m benchmarks.unet                                   float32, 64 x 64 latents, 1, 2 and 4 rows
+    python -m benchmarks.unet                                   float32, 64 x 64 latents, 1 and 2 rows: some 8 minutes
     python -m benchmarks.unet --compiled --rows 2               with torch.compile, which takes many minutes by itself
     python -m benchmarks.unet --rows 1 2 4 8 --dtype bf16       on a machine that multiplies bfloat16 by itself
     python -m benchmarks.unet --peers ours eager --repeats 5
@@ -130,11 +130,11 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--peers", nargs="+", choices=Peers.names, metavar="PEER", help=f"of {', '.join(Peers.names)}")
     parser.add_argument("--compiled", action="store_true", help="the compiled ones too, where --peers names none")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a tiny U-Net: seconds, and figures that mean nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "unet.json")
     args = parser.parse_args(arguments)
