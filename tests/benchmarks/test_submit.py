@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_a_run_that_did_not_insert_every_row_is_no_measurement(tmp_path: Path) -
         try:
             bench = Bench(tmp_path, stack, 20)
         except servers.MissingServer as missing:
+            if os.environ.get("CI") == "true":
+                raise
             pytest.skip(str(missing))
         assert bulk(bench, "sqlite", bench.redis).bell_s > 0
         bench.rows = 21
