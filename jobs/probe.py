@@ -19,7 +19,9 @@ def storage_now(storage: Storage) -> datetime:
     storage.put(key, _DATA, "application/octet-stream")
     try:
         # From the listing, like those that it is compared with: a look may tell whole seconds only.
-        return next(found.modified for found in storage.list(key))
+        for found in storage.list(key):
+            return found.modified
+        raise StorageError(f"the storage does not list {key}, which was just put")
     finally:
         storage.delete(key)
 

@@ -38,6 +38,8 @@ INPUT_BITE = 50
 #: An input is kept for a day after it was last put, whatever was ordered: its job may be about to be inserted.
 INPUT_AGE = timedelta(days=1)
 ORPHAN_AGE = timedelta(days=1)
+#: A probe is there for seconds; one that is younger may be another run's, which asks for the storage's time just now.
+PROBE_AGE = timedelta(hours=1)
 _UUID = r"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})"
 _OWNED = re.compile(rf"(?:images/{_UUID}/{_UUID}/|saved/{_UUID}/{_UUID}\.)")
 
@@ -123,7 +125,7 @@ class Prune:
         now = storage_now(self.storage)
         self._notes = list(self._read_notes())
         # The orphans first: while a job's row is there, whatever is under its name is known to be ours.
-        watch("looking for orphans", self._remove_orphans(now - self.order.orphans_older_than), None)
+        watch("looking for orphans", self._remove_orphans(now), None)
         watch("removing old jobs", self._remove_jobs(old), self.keeper.count(old))
         watch("looking for inputs", self._remove_inputs(now - max(INPUT_AGE, self.order.orphans_older_than)), None)
         if not self.order.dry_run:
@@ -133,10 +135,9 @@ class Prune:
             self.done.unfinished = self.storage.tidy(now - self.order.orphans_older_than)
         return self.done
 
-    def _remove_orphans(self, before: datetime) -> Iterator[int]:
+    def _remove_orphans(self, now: datetime) -> Iterator[int]:
         known = {job_id for note in self._notes for job_id in note.jobs}
-        old = (found for prefix in ("images/", "saved/") for found in self.storage.list(prefix))
-        for some in _batched((found.key for found in old if found.modified <= before), MAX_BITE):
+        for some in _batched(self._old_keys(now), MAX_BITE):
             owners = {key: owner for key in some if (owner := owner_of(key))}
             needed = self.keeper.needed({job_id for job_id, _ in owners.values()})
             orphans = [key for key in some if key.startswith(PROBES)]
@@ -150,6 +151,13 @@ class Prune:
             self.done.unknown += len(unknown)
             self._delete([*orphans, *unknown] if self.order.unknown else orphans)
             yield len(some)
+
+    def _old_keys(self, now: datetime) -> Iterator[str]:
+        """Of the objects that may be orphans."""
+        age = self.order.orphans_older_than
+        for found in (found for prefix in ("images/", "saved/") for found in self.storage.list(prefix)):
+            if now - found.modified >= (max(age, PROBE_AGE) if found.key.startswith(PROBES) else age):
+                yield found.key
 
     def _remove_jobs(self, old: Filter) -> Iterator[int]:
         after: Going | None = None

@@ -215,12 +215,19 @@ def test_an_orphan_goes_and_what_a_claim_that_lives_has_put_stays(house: House) 
     house.store.release(lost)
     again = house.claim(lost.job_id)
     output = house.upload(again)
-    house.storage.put("images/probe-of-a-dead-process", b"x", "image/png")
     assert house.prune(replace(ALL, older_than=timedelta(days=1), orphans_older_than=timedelta(hours=1))).orphans == 0
-    assert house.prune().orphans == 3
+    assert house.prune().orphans == 2
     assert {owner_of(key) for key in house.objects()} == {(c.job_id, c.token) for c in (living, again)}
     assert house.store.finish(again, [output])
     assert [view.id for view in house.check()] == [lost.job_id]
+
+
+def test_a_probe_goes_when_it_can_be_no_living_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.storage.put("images/probe-of-a-process", b"x", "image/png")
+    assert house.prune().orphans == 0
+    monkeypatch.setattr(prune_module, "PROBE_AGE", NOW)
+    assert house.prune().orphans == 1
+    assert house.objects() == set()
 
 
 def test_what_this_database_never_heard_of_stays_unless_it_is_ordered(house: House, no_patience: None) -> None:

@@ -16,7 +16,8 @@ SLOTS, MOST = 2, 2
 
 
 class World:
-    """A worker with so many slots taken; stories begin and end when told."""
+    """A worker with so many slots taken; stories begin and end when told. Its lookout looks when a test calls it,
+    or starts it: never both, for it is made for one thread."""
 
     def __init__(self, store: Store, taken: int) -> None:
         self.store, self.slots, self.told = store, Slots(SLOTS, forget_s=60, clock=Clock()), list[str]()
@@ -25,7 +26,6 @@ class World:
         for number in range(taken):
             self._taken.enter_context(self.slots.take(f"bulk {number}"))
         self.lookout = Lookout(store, self.slots, ["nightshift-mini"], self._story, most=MOST, look_s=60.0)
-        self.lookout.start()
 
     def _story(self, job_id: str) -> None:
         self.told.append(job_id)
@@ -38,7 +38,8 @@ class World:
 
     def close(self) -> None:
         self.may_end.set()
-        self.lookout.finish()
+        if self.lookout.is_alive():
+            self.lookout.finish()
         self._taken.close()
 
 
@@ -63,6 +64,7 @@ def began(world: World) -> None:
 
 
 def test_a_full_worker_takes_in_the_job_that_somebody_waits_for(full: World) -> None:
+    full.lookout.start()
     *_, wanted = full.submit(0, 0, 0, 7)
     full.lookout.wake()
     began(full)
@@ -92,7 +94,7 @@ def test_a_worker_that_leaves_takes_in_nothing(full: World) -> None:
 
 def test_no_more_than_so_many_at_once_and_the_most_urgent_first(full: World) -> None:
     _, *first, _ = full.submit(7, 9, 9, 8)
-    full.lookout.wake()
+    full.lookout.tick()
     for _ in range(MOST):
         began(full)
     full.lookout.tick()
@@ -102,7 +104,7 @@ def test_no_more_than_so_many_at_once_and_the_most_urgent_first(full: World) -> 
 def test_it_returns_when_what_it_took_in_has_ended(store: Store) -> None:
     world = World(store, SLOTS)
     world.submit(9)
-    world.lookout.wake()
+    world.lookout.start()
     began(world)
     leaving = threading.Thread(target=world.close)
     finishing = threading.Thread(target=world.lookout.finish)
