@@ -67,6 +67,8 @@ def transport_options(broker_url: str) -> Mapping[str, Any]:
         # Above any render; a second delivery is harmless all the same, for the claim refuses it.
         "visibility_timeout": 600,
         "unacked_restore_interval": 5,
+        # One that dies while it restores keeps the others from it for so long; two at once would only ring twice.
+        "unacked_mutex_expire": 30,
         "unacked_restore_throttle": 1,
         "socket_timeout": 30,
         "socket_connect_timeout": 5,

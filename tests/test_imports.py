@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jobs", "migrations", "sd_engine", "worker")
 
 _TENSORS = {"torch", "numpy", "safetensors", "tokenizers"}
-_REFERENCE = {"diffusers", "transformers", "accelerate"}  # compared with in tests and benchmarks, never needed to render
+# Compared with in tests and benchmarks, never needed to render.
+_REFERENCE = {"diffusers", "transformers", "accelerate"}
 _QUEUE = {"celery", "kombu", "redis"}
 _SQL = {"sqlalchemy", "alembic", "psycopg", "sqlite3"}
 _NETWORK = {"boto3", "botocore", "http", "requests", "socket", "urllib"}

@@ -1,11 +1,11 @@
 """What a worker needs of the outside, looked at before anything heavy is loaded: wrong settings answer at once."""
 
 from dataclasses import dataclass
-from uuid import uuid4
 
 from kombu import Connection
 
 from jobs import schema
+from jobs.probe import probe
 from jobs.redaction import hide, shown_url
 from jobs.settings import Settings
 from jobs.storage import Storage, open_storage
@@ -31,19 +31,10 @@ def open_services(settings: Settings) -> Services:
     store = Store.open(settings.database_url)
     schema.ensure(store.engines)
     storage = open_storage(settings.storage_url)
-    probe_storage(storage)
+    with probe(storage):
+        pass  # what a worker may not write shows now, not after the first rendered job
     check_broker(settings.broker_url)
     return Services(store, storage)
-
-
-def probe_storage(storage: Storage) -> None:
-    """Put a small object and remove it: what a worker may not write shows now, not after the first rendered job.
-
-    Raises StorageError.
-    """
-    key = f"images/probe-{uuid4()}"
-    storage.put(key, b"", "application/octet-stream")
-    storage.delete(key)
 
 
 def check_broker(url: str) -> None:

@@ -24,7 +24,8 @@ PREFIX = "nightshift:"
 QUEUE = f"{PREFIX}render.nightshift-mini"
 UNACKED = f"{PREFIX}unacked"
 #: kombu's transport options in scaled time: what a connection took and lost comes back after 2 s, not 600.
-SOON_BACK: Mapping[str, Any] = {"visibility_timeout": 2, "unacked_restore_interval": 0.5}
+#: One that restores, and is cut off meanwhile, keeps all others from it for a time.
+SOON_BACK: Mapping[str, Any] = {"visibility_timeout": 2, "unacked_restore_interval": 0.5, "unacked_mutex_expire": 2}
 #: Of a worker in these rows: its leases outlast a busy machine, its bells age as in a night of short leases.
 BELLS: Mapping[str, Any] = {**CALM, "broker": SOON_BACK, "paced_s": 2.0}
 #: After an outage Celery looks for the broker at once, then 2, 4 and 6 s after each look before.

@@ -236,7 +236,6 @@ def _quick_engine() -> Engine:
     return fake_engine(tally=Tally(None), step_s=0.0)
 
 
-def expected_picture(request: Request) -> npt.NDArray[np.uint8]:
-    """What an undisturbed engine draws for this request, alone."""
-    (image,) = _quick_engine().render([request])
-    return image
+def expected_pictures(requests: Sequence[Request]) -> Sequence[npt.NDArray[np.uint8]]:
+    """What an undisturbed engine draws for these requests. Each depends on its own request alone: see `_move`."""
+    return _quick_engine().render(requests)

@@ -25,6 +25,7 @@ from jobs import Client, JobView, State
 from jobs.failpoints import VARIABLE
 from jobs.models import job as job_table
 from jobs.states import TERMINAL
+from jobs.storage import Storage, open_storage
 from jobs.store import Store
 from tests.faults.fake_runner import Entry, read_tally
 from tests.faults.lanes import Place
@@ -45,6 +46,8 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 CALM: Mapping[str, Any] = MappingProxyType({"lease_s": 12.0, "beat_s": 1.0})
 #: Between two looks of a test that waits: each costs the database and the cores that the workers need.
 LONGEST_PAUSE_S = 0.03
+#: The same where nothing is to happen at that very moment.
+UNHURRIED_PAUSE_S = 0.1
 STEPS = 8
 
 
@@ -60,7 +63,11 @@ class Worker:
 
     def ready(self) -> Worker:
         """Itself, once it hears bells."""
-        self.night.wait_until(lambda: self.says(" ready:") or self.process.poll() is not None, "a ready worker")
+        self.night.wait_until(
+            lambda: self.says(" ready:") or self.process.poll() is not None,
+            "a ready worker",
+            longest_pause_s=UNHURRIED_PAUSE_S,
+        )
         assert self.process.poll() is None, f"the worker ended with {self.process.code}\n{self.night.tail()}"
         return self
 
@@ -128,6 +135,11 @@ class Night:
     def turn(self, choices: Sequence[Choice]) -> Choice:
         """One of them; another one for the next seed, so that the seeds of a row share them out."""
         return choices[(self.seed - 1) % len(choices)]
+
+    @cached_property
+    def storage(self) -> Storage:
+        """Of the test itself, past every proxy."""
+        return open_storage(self.settings.storage_url)
 
     # Jobs
 
@@ -204,14 +216,20 @@ class Night:
 
     # Waiting and looking
 
-    def wait_until(self, happened: Callable[[], object], what: str, timeout: float = PATIENCE_S) -> None:
+    def wait_until(
+        self,
+        happened: Callable[[], object],
+        what: str,
+        timeout: float = PATIENCE_S,
+        longest_pause_s: float = LONGEST_PAUSE_S,
+    ) -> None:
         """Look again and again; fails with the end of the log."""
         deadline, pause_s = time.monotonic() + timeout, 0.005
         while not happened():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{what} did not happen within {timeout:.1f} s (seed {self.seed})\n{self.tail()}")
             time.sleep(pause_s)
-            pause_s = min(1.2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = min(1.2 * pause_s, longest_pause_s)
 
     def wait_running(self, count: int = 1) -> list[UUID]:
         """The jobs in state running, once there are so many."""
@@ -225,7 +243,7 @@ class Night:
 
     def wait_ended(self, timeout: float = PATIENCE_S) -> dict[UUID, JobView]:
         """All jobs of the night, once each has ended (I1)."""
-        self.wait_until(self.all_ended, f"the end of {len(self.jobs)} jobs", timeout)
+        self.wait_until(self.all_ended, f"the end of {len(self.jobs)} jobs", timeout, UNHURRIED_PAUSE_S)
         return dict(self.ended)
 
     def all_ended(self) -> bool:

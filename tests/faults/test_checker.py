@@ -13,7 +13,6 @@ import sqlalchemy as sa
 
 from jobs import State
 from jobs.models import image, job
-from jobs.storage import Storage, open_storage
 from tests.faults import checker
 from tests.faults.checker import check
 from tests.faults.harness import CALM, Night
@@ -37,10 +36,6 @@ def write(night: Night, table: sa.Table, number: int = 0, **values: Any) -> None
     id = table.c.id if table is job else table.c.job_id
     with night.store.engines.writer.begin() as connection:
         connection.execute(sa.update(table).where(id == night.jobs[number].id).values(**values))
-
-
-def storage(night: Night) -> Storage:
-    return open_storage(night.settings.storage_url)
 
 
 def first_key(night: Night) -> str:
@@ -94,11 +89,11 @@ BROKEN: Mapping[str, tuple[str, Callable[[Night], object]]] = MappingProxyType(
         "a picture is missing": ("I2: .* shows 1 pictures, not 2", forget_a_picture),
         "an object is missing": (
             "I2: .* is shown and not stored",
-            lambda night: storage(night).delete(first_key(night)),
+            lambda night: night.storage.delete(first_key(night)),
         ),
         "an object is torn": (
             "I2: .* is not what the row says",
-            lambda night: storage(night).put(first_key(night), b"torn", "image/png"),
+            lambda night: night.storage.put(first_key(night), b"torn", "image/png"),
         ),
         "pictures are swapped": ("I2: .* is another picture", swap_pictures),
         "a picture is shown twice": (
@@ -110,8 +105,8 @@ BROKEN: Mapping[str, tuple[str, Callable[[Night], object]]] = MappingProxyType(
         "a job paid": ("I4: .* paid for a fault: 2 attempts", lambda night: write(night, job, attempts=2)),
         "a crash was counted": ("I4: .* 1 solo crashes", lambda night: write(night, job, solo_crashes=1)),
         "crashes have no end": ("I4: .* has 4 solo crashes", lambda night: write(night, job, 2, solo_crashes=4)),
-        "an orphan": ("I6: 1 objects", lambda night: storage(night).put("images/a/b/0.png", b"", "image/png")),
-        "saved rows": ("I6: 1 objects", lambda night: storage(night).put("saved/a/b.safetensors", b"", "image/png")),
+        "an orphan": ("I6: 1 objects", lambda night: night.storage.put("images/a/b/0.png", b"", "image/png")),
+        "saved rows": ("I6: 1 objects", lambda night: night.storage.put("saved/a/b.safetensors", b"", "image/png")),
         "half a file": ("I6: 1 objects", leave_a_half_file),
         "a lease": ("I7: .* under a lease", lambda night: write(night, job, lease_expires_at=sa.func.now())),
         "computed twice": ("I9: 1 pictures computed again, allowed 0", compute_again),

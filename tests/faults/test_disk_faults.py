@@ -21,7 +21,6 @@ import sqlalchemy as sa
 
 from jobs.errors import StorageError
 from jobs.states import State
-from jobs.storage import open_storage
 from tests.faults.checker import check, keys_in
 from tests.faults.harness import Night, Worker
 from tests.faults.lanes import Place, only
@@ -65,7 +64,7 @@ def test_row_30_a_full_storage_is_waited_for_and_shows_no_half_picture(night: Ni
         night.submit(KEPT + 40)
         night.wait_until(lambda: "No space left" in night.log_text(), "a full disk")
         time.sleep(1.25 * worker.options["lease_s"])
-        stored, views = set(keys_in(night.settings.storage_url)), night.views().values()
+        stored, views = set(keys_in(night)), night.views().values()
         shown = {image.key for view in views for image in view.images}
         assert shown == stored, "half a picture is in sight, or one is shown that is not there"
         assert not any(view.suspect or view.attempts > 1 or view.state is State.failed for view in views)
@@ -84,7 +83,7 @@ def test_row_30_a_put_that_fails_half_way_is_done_again(night: Night) -> None:
     worker = night.worker(failpoint=f"half_put:raise@p=0.4,seed={draws}", **LEASES).ready()
     night.wait_ended()
     worker.stop()
-    assert not any(key.endswith(".part") for key in keys_in(night.settings.storage_url))
+    assert not any(key.endswith(".part") for key in keys_in(night))
     print(check(night, duplicates=0, orphans=0))
 
 
@@ -153,7 +152,7 @@ def test_row_52_a_picture_deleted_by_hand_is_missed_and_drawn_again(night: Night
     night.submit(16, images=2)
     worker = night.worker(**LEASES).ready()
     ended = night.wait_ended()
-    storage = open_storage(night.settings.storage_url)
+    storage = night.storage
     lost = night.rng.sample(list(ended.values()), 3)
     for view in lost:
         storage.delete(view.images[night.rng.randrange(2)].key)

@@ -26,7 +26,7 @@ from tests.faults.zygote import ROOT, die_with_parent
 
 pytestmark = pytest.mark.fault_seeds(3)
 
-LEASE_S, GRACE_S = 4.0, 4.0
+LEASE_S, GRACE_S = 4.0, 2.0
 FIELDS = {"sampler": "dpmpp_2m_karras", "guidance": 4.0}
 AT_MOST = 1
 """Levels of 255 by which a pixel may differ: kernels round otherwise for other numbers of rows."""
@@ -93,32 +93,30 @@ def test_row_01_a_real_worker_killed_among_its_steps_loses_nothing(night: Night)
         assert len(children(night)) == 2
         stop(night, supervisor)
     assert check(night, pictures=False, orphans=8)
-    for job in night.rng.sample(jobs, 2):
-        assert_as_undisturbed(night, job)
+    assert_as_undisturbed(night, night.rng.choice(jobs))
 
 
 def test_row_08_a_real_worker_gives_back_what_another_goes_on_with(night: Night) -> None:
     """SIGTERM of `nightshift worker` with the shipped model, jobs longer than the grace time"""
-    jobs = night.submit(6, steps=200, **FIELDS)
+    jobs = night.submit(6, steps=60, **FIELDS)
     with nightshift_worker(night) as supervisor:
         night.wait_running(6)
-        threading.Event().wait(night.rng.uniform(1.0, 3.0))
+        threading.Event().wait(night.rng.uniform(0.2, 1.0))
         stop(night, supervisor)
     assert {view.state for view in night.views().values()} == {State.queued}
     assert {view.attempts for view in night.views().values()} == {0}
-    assert len([key for key in keys_in(night.settings.storage_url) if key.startswith("saved/")]) == len(jobs)
+    assert len([key for key in keys_in(night) if key.startswith("saved/")]) == len(jobs)
     with nightshift_worker(night) as supervisor:
         night.wait_ended(2 * PATIENCE_S)
         stop(night, supervisor)
     assert check(night, pictures=False)
-    for job in night.rng.sample(jobs, 2):
-        assert_as_undisturbed(night, job)
+    assert_as_undisturbed(night, night.rng.choice(jobs))
 
 
 def test_row_37_a_job_that_takes_real_workers_with_it_hurts_no_other(night: Night) -> None:
     """SIGABRT of `nightshift worker`, with the shipped model, whenever it draws one of 8 jobs"""
     night.submit(7, steps=2, **FIELDS)
-    (poison,) = night.submit(1, steps=120, **FIELDS)
+    (poison,) = night.submit(1, steps=60, **FIELDS)
     deaths: set[int] = set()
     done = threading.Event()
 

@@ -32,9 +32,13 @@ from botocore.loaders import JSONFileLoader
 ROOT = Path(__file__).parents[2]
 #: Imported before the first fork. None of them may start a thread: a fork takes only its own along.
 PRELOADED = (
-    "torch", "numpy", "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "celery", "kombu.transport.redis",
-    "kombu.transport.memory", "celery.concurrency.thread", "celery.worker.consumer", "celery.app.amqp",
-    "celery.loaders.app", "celery.fixups.django", "sqlalchemy.dialects.sqlite.pysqlite",
+    "torch", "numpy", "PIL.Image", "PIL.PngImagePlugin", "PIL.BmpImagePlugin", "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin", "PIL.PpmImagePlugin", "safetensors.torch", "celery", "kombu.transport.redis",
+    "kombu.transport.memory", "kombu.pidbox", "celery.concurrency.thread", "celery.worker.consumer",
+    "celery.worker.consumer.delayed_delivery", "celery.worker.components", "celery.worker.strategy",
+    "celery.worker.autoscale", "celery.app.amqp", "celery.app.control", "celery.events.receiver",
+    "celery.backends.base", "celery.loaders.app", "celery.fixups.django", "encodings.idna",
+    "sqlalchemy.dialects.sqlite.pysqlite",
     "sqlalchemy.dialects.postgresql.psycopg", "psycopg", "psycopg_binary.pq", "alembic.command", "boto3",
     "botocore.httpsession", "jobs.client", "jobs.storage_s3", "worker.process", "worker.logs", "tests.faults.targets",
 )  # fmt: skip
@@ -52,21 +56,14 @@ class Forked:
 
     def poll(self) -> int | None:
         """The exit code, or the negative number of the signal that ended it; None while it runs."""
-        if self.code is None:
+        if self.code is None and self._ended(0.0):
             self.code = self.zygote.ask({"reap": self.pid})["code"]
         return self.code
 
     def wait(self, timeout: float = 60.0) -> int:
         """As `poll`, when it has ended. Raises TimeoutError."""
-        if self.code is None:
-            descriptor = os.pidfd_open(self.pid)
-            try:
-                ended = poll()
-                ended.register(descriptor)
-                if not ended.poll(1000 * timeout):
-                    raise TimeoutError(f"process {self.pid} still runs after {timeout:.1f} s")
-            finally:
-                os.close(descriptor)
+        if self.code is None and not self._ended(timeout):
+            raise TimeoutError(f"process {self.pid} still runs after {timeout:.1f} s")
         code = self.poll()
         assert code is not None, "a process that has ended has a code"
         return code
@@ -75,6 +72,15 @@ class Forked:
         """Send the signal; harmless when the process has ended."""
         if self.code is None:
             os.kill(self.pid, number)
+
+    def _ended(self, timeout: float) -> bool:
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            ended = poll()
+            ended.register(descriptor)
+            return bool(ended.poll(1000 * timeout))
+        finally:
+            os.close(descriptor)
 
 
 class Zygote:
