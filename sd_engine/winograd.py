@@ -30,8 +30,8 @@ _LEAST_CELLS_F4 = 256
 # What one pass over the tiles writes at most, as floats: three such work areas stay in the caches that cores share.
 _WORK = 2 * 1024 * 1024
 
-# Weights of which filters are made at once: in float64 all of a layer would take half a gigabyte.
-_PART = 2**18
+# Weights of which filters are made at once, in float64: so many stay in a core's cache.
+_PART = 2**15
 
 _Rows = Sequence[Sequence[float]]
 
@@ -110,11 +110,12 @@ class Filters:
     def of(cls, weight_OC33: Tensor, form: Form) -> Filters:
         """Made in float64: it is done once, and its rounding would be in every picture."""
         channels_out, channels_in = weight_OC33.shape[:2]
-        taps_9CO = weight_OC33.permute(2, 3, 1, 0).reshape(9, -1)
-        filters_ACO = torch.cat(
-            [(form.spread @ part.double()).to(taps_9CO.dtype) for part in taps_9CO.split(_PART, 1)], 1
-        )
-        return cls(form, filters_ACO.view(-1, channels_in, channels_out))
+        filters_ACO = weight_OC33.new_empty(form.inputs**2, channels_in, channels_out)
+        some = max(1, _PART // channels_out)
+        for part_OC33, made_ACO in zip(weight_OC33.split(some, 1), filters_ACO.split(some, 1), strict=True):
+            taps_9P = part_OC33.permute(2, 3, 1, 0).reshape(9, -1).double()
+            made_ACO.copy_((form.spread @ taps_9P).view_as(made_ACO))
+        return cls(form, filters_ACO)
 
 
 def convolve(x_UCHW: Tensor, filters: Filters, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from sd_engine.config import UNetConfig
 from sd_engine.context import join
 from sd_engine.keymaps import DIFFUSERS_UNET
-from sd_engine.unet import UNet
+from sd_engine.unet import _TOKENS_AT_ONCE, UNet
 from tests.engine import reference as sd15
 from tests.engine.reference import difference, pour
 from tests.tiny_model import randomize
@@ -82,6 +82,12 @@ def test_the_prediction_equals_the_reference(
 @torch.no_grad()
 def test_odd_sizes_come_back_to_their_size_as_in_the_reference(height: int, width: int) -> None:
     assert compare(make_pair((16, 32, 32), (True, True, False), 2), height, width) < TOLERANCE
+
+
+@torch.no_grad()
+def test_so_many_positions_that_they_go_in_parts_equal_the_reference() -> None:
+    assert 36 * 33 > _TOKENS_AT_ONCE
+    assert compare(make_pair((16, 32), (True, False), 2), 36, 33) < TOLERANCE
 
 
 @torch.no_grad()
