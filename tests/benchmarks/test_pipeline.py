@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.pipeline import Turn, goals
+from benchmarks.pipeline import goals
+from benchmarks.pipeline_turns import Turn
 
 
 def test_a_picture_of_twenty_steps_is_computed_from_the_steps_that_were_made() -> None:
