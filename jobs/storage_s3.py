@@ -54,22 +54,25 @@ class S3Storage:
 
     def put(self, key: str, data: bytes, content_type: str) -> None:
         """As Storage.put. What the server says of the stored object is compared with the bytes sent."""
-        md5 = hashlib.md5(data, usedforsecurity=False)
+        digest = hashlib.md5(data, usedforsecurity=False)
+        md5 = digest.hexdigest()
         with self._told(key):
             answer = self._client.put_object(
                 Bucket=self._bucket,
                 Key=self._name(key),
                 Body=data,
                 ContentType=content_type,
-                ContentMD5=base64.b64encode(md5.digest()).decode(),
+                ContentMD5=base64.b64encode(digest.digest()).decode(),
             )
+        if _told_md5(answer) == md5:
+            return  # it has read them all
+        # Asked once more, because some servers and proxies answer 200 to a body that was cut off.
         try:
-            # Asked once more, because some servers and proxies answer 200 to a body that was cut off.
             with self._told(key):
                 head = self._client.head_object(Bucket=self._bucket, Key=self._name(key))
         except KeyNotFound:  # the storage's trouble, where a missing object is somebody's mistake
             raise StorageError(f"the bucket {self._bucket} took {key} but does not have it") from None
-        if head["ContentLength"] != len(data) or not all(_same(each, md5.hexdigest()) for each in (answer, head)):
+        if head["ContentLength"] != len(data) or not {_told_md5(answer), _told_md5(head)} <= {None, md5}:
             raise StorageError(
                 f"the bucket {self._bucket} took {key} but holds other bytes than were sent "
                 f"({head['ContentLength']} instead of {len(data)})"
@@ -167,12 +170,12 @@ class S3Storage:
             raise kind(f"the bucket {self._bucket} cannot be reached for {key}: {reason}") from error
 
 
-def _same(answer: dict[str, Any], md5: str) -> bool:
-    """Whether this answer allows the object to be what was sent: an ETag that is no MD5 (by its form, or because a
-    key encrypts the object) says nothing."""
+def _told_md5(answer: dict[str, Any]) -> str | None:
+    """The MD5 of the object that the answer is about. None: its ETag is none, by its form or because a key encrypts
+    the object."""
     etag = _MD5.match(str(answer.get("ETag", "")))
     encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-    return etag is None or encrypted or etag[1] == md5
+    return None if etag is None or encrypted else etag[1]
 
 
 def _client(**options: Any) -> Any:

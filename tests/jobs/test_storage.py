@@ -302,7 +302,7 @@ class _Liar(BaseHTTPRequestHandler):
     """A bucket that says 200 to every put and keeps only `kept` bytes of it; its ETag is true, or of no meaning."""
 
     protocol_version = "HTTP/1.1"
-    kept, honest_etag, objects = 0, True, dict[str, bytes]()
+    kept, honest_etag, objects, looks = 0, True, dict[str, bytes](), 0
 
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -310,6 +310,7 @@ class _Liar(BaseHTTPRequestHandler):
         self._answer(self.path)
 
     def do_HEAD(self) -> None:
+        _Liar.looks += 1
         self._answer(self.path, len(self.objects[self.path]))
 
     def _answer(self, path: str, length: int = 0) -> None:
@@ -335,6 +336,7 @@ def lying_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, boo
         def bucket(kept: int, honest_etag: bool) -> Storage:
             monkeypatch.setattr(_Liar, "kept", kept)
             monkeypatch.setattr(_Liar, "honest_etag", honest_etag)
+            monkeypatch.setattr(_Liar, "looks", 0)
             return open_storage("s3://bucket/x")
 
         yield bucket
@@ -349,6 +351,14 @@ def test_a_put_that_was_stored_short_is_no_success(
     with pytest.raises(StorageError, match="5 instead of 9"):
         lying_bucket(5, honest_etag).put(KEY, b"nine byte", "image/png")
     lying_bucket(9, honest_etag).put(KEY, b"nine byte", "image/png")
+
+
+@pytest.mark.parametrize(("honest_etag", "looks"), [(True, 0), (False, 1)])
+def test_what_was_put_is_looked_at_only_if_the_answer_does_not_prove_it(
+    lying_bucket: Callable[[int, bool], Storage], honest_etag: bool, looks: int
+) -> None:
+    lying_bucket(9, honest_etag).put(KEY, b"nine byte", "image/png")
+    assert _Liar.looks == looks
 
 
 def test_a_full_disk_leaves_no_half_file_and_is_told_with_its_reason(tmp_path: Path) -> None:
