@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from sd_engine import Engine, Model, Request
 from sd_engine.row import Row
@@ -26,12 +28,16 @@ Pictures = Sequence[npt.NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Some pictures drawn together: seconds before the first step, of a step (the median), and after the last."""
+    """Some pictures drawn together: seconds before the first step, of a step (the median), and after the last.
+
+    unet_s: of a U-Net call (the median), where it was timed; the rest of a step is the engine's.
+    """
 
     pictures: int
     before_s: float
     step_s: float
     after_s: float
+    unet_s: float | None = None
 
     @classmethod
     def of(cls, pictures: int, began: float, ends: Sequence[float], finished: float) -> Turn:
@@ -49,6 +55,11 @@ class Turn:
     @property
     def images_per_hour(self) -> float:
         return 3600 * self.pictures / self.whole_s
+
+    @property
+    def outside_unet(self) -> float | None:
+        """The share of a step that is not the U-Net's."""
+        return None if self.unet_s is None else 1 - self.unet_s / self.step_s
 
 
 class TimedRunner(Runner):
@@ -78,9 +89,32 @@ def draw_ours(model: Model, side: int, count: int, steps: int) -> tuple[Turn, Pi
     engine = Engine(model, max_units=2 * count * (side // 8) ** 2, make_runner=TimedRunner)
     assert isinstance(engine.runner, TimedRunner)
     engine.runner.ends = []
-    began = time.perf_counter()
-    pictures = engine.render(requests)
-    return Turn.of(count, began, engine.runner.ends, time.perf_counter()), pictures
+    with _timed(model.unet, model.device) as calls_s:
+        began = time.perf_counter()
+        pictures = engine.render(requests)
+        turn = Turn.of(count, began, engine.runner.ends, time.perf_counter())
+    return replace(turn, unet_s=statistics.median(calls_s[1:])), pictures
+
+
+@contextmanager
+def _timed(unet: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """The seconds of each call of the U-Net."""
+    calls_s, began = list[float](), list[float]()
+
+    def begin(*_: object) -> None:
+        _settle(device)
+        began.append(time.perf_counter())
+
+    def end(*_: object) -> None:
+        _settle(device)
+        calls_s.append(time.perf_counter() - began[-1])
+
+    hooks = unet.register_forward_pre_hook(begin), unet.register_forward_hook(end)
+    try:
+        yield calls_s
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def draw_reference(pipeline: Any, side: int, count: int, steps: int) -> tuple[Turn, Pictures]:

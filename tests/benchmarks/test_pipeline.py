@@ -16,6 +16,11 @@ def test_a_picture_of_twenty_steps_is_computed_from_the_steps_that_were_made() -
     assert turn.images_per_hour == pytest.approx(2 * 3600 / 63)
 
 
+def test_what_is_no_unet_call_is_the_engines_share_of_a_step() -> None:
+    assert Turn(1, 0.0, 4.0, 0.0).outside_unet is None
+    assert Turn(1, 0.0, 4.0, 0.0, unet_s=3.0).outside_unet == 0.25
+
+
 def test_one_step_says_nothing_about_the_next() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         Turn.of(1, 0.0, [5.0], 6.0)
