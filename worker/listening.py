@@ -11,7 +11,7 @@ from typing import Any
 from celery import Celery
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,26 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 5
 
 
+class RedisQoS(redis.QoS):
+    """Counts a message as answered even if the broker could not be told.
+
+    kombu's own keeps it then: after an outage in which all slots answered, the consumer holds as many messages as it
+    may for ever, asks for none, and so never notices that its connection is gone.
+    """
+
+    def ack(self, delivery_tag: str) -> None:
+        """As kombu's."""
+        try:
+            super().ack(delivery_tag)
+        except BaseException:
+            virtual.QoS.ack(self, delivery_tag)
+            raise
+
+
 class RedisChannel(redis.Channel):
     """A channel that survives an entry of its list which is no JSON; by then it is taken off the list."""
+
+    QoS = RedisQoS
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

@@ -1,10 +1,14 @@
 """What a worker needs of the outside, looked at before anything heavy is loaded: wrong settings answer at once."""
 
+import logging
+import time
 from dataclasses import dataclass
+from typing import Final
 
 from kombu import Connection
 
 from jobs import schema
+from jobs.errors import StorageError, StorageRefused
 from jobs.probe import probe
 from jobs.redaction import hide, shown_url
 from jobs.settings import Settings
@@ -12,6 +16,10 @@ from jobs.storage import Storage, open_storage
 from jobs.store import Store
 from worker.app import is_embedded
 from worker.reasons import BrokerUnavailable
+
+log = logging.getLogger(__name__)
+
+PROBE_AGAIN_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +39,24 @@ def open_services(settings: Settings) -> Services:
     store = Store.open(settings.database_url)
     schema.ensure(store.engines)
     storage = open_storage(settings.storage_url)
-    with probe(storage):
-        pass  # what a worker may not write shows now, not after the first rendered job
+    probe_storage(storage)
     check_broker(settings.broker_url)
     return Services(store, storage)
+
+
+def probe_storage(storage: Storage) -> None:
+    """What a worker may not write shows now, not after the first rendered job. Raises StorageError."""
+    try:
+        with probe(storage):
+            return
+    except StorageRefused:
+        raise
+    except StorageError as error:
+        # Workers that start all at once can be too much for a small server for a moment.
+        log.warning("%s; trying once more in %.1f s", error, PROBE_AGAIN_S)
+        time.sleep(PROBE_AGAIN_S)
+    with probe(storage):
+        pass
 
 
 def check_broker(url: str) -> None:

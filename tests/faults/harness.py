@@ -9,9 +9,11 @@ from __future__ import annotations
 import random
 import resource
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +88,14 @@ class Worker:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; `wait` tells when it has ended."""
         self.process.kill(number)
+
+    def put_to_sleep(self) -> None:
+        """SIGSTOP, but not within a transaction: SQLite's lock would keep all others out until it wakes."""
+        self.kill(signal.SIGSTOP)
+        while self.night.locked():
+            self.kill(signal.SIGCONT)
+            time.sleep(0.01)
+            self.kill(signal.SIGSTOP)
 
     def wait(self, timeout: float = PATIENCE_S) -> int:
         """The exit code, negative for a signal. Raises TimeoutError."""
@@ -170,6 +180,18 @@ class Night:
     def states(self) -> dict[UUID, State]:
         """Their states as they are now."""
         return self.store.states([job.id for job in self.jobs])
+
+    def locked(self) -> bool:
+        """Whether somebody has SQLite's lock for writing just now; PostgreSQL has none that all wait for."""
+        path = sa.make_url(self.settings.database_url).database
+        if self.lane != "embedded" or path is None:
+            return False
+        with closing(sqlite3.connect(path, timeout=0.0, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return True
+            return False
 
     def owners(self, *states: State) -> dict[UUID, str]:
         """The worker that claimed each job last; of jobs in these states."""

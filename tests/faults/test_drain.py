@@ -71,7 +71,7 @@ def test_row_09_further_signals_change_nothing(night: Night, long: bool) -> None
     leaving.stop(*[signal.SIGTERM] * 5, signal.SIGINT)
     assert "Traceback" not in night.log_text()
     assert all(view.attempts == (1 if view.ended else 0) for view in night.views().values())
-    peer = night.worker(step_s=0.001, **CALM)
+    peer = night.worker(step_s=0.001, **CALM).ready()  # before that it may have its probe in the storage
     night.wait_ended()
     assert check(night)
     peer.stop()

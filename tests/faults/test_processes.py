@@ -136,7 +136,7 @@ def test_row_12_a_worker_that_slept_past_its_leases_drops_them_and_goes_on(night
     sleeper = night.worker(step_s=0.005).ready()
     night.wait_running(HELD)
     time.sleep(night.rng.uniform(0.0, 0.15))
-    sleeper.kill(signal.SIGSTOP)
+    sleeper.put_to_sleep()
     peer = night.worker(step_s=0.005)
     night.wait_until(lambda: not sleeper.holds(), "their return", sleeper.back_within_s())
     time.sleep(night.rng.uniform(0.0, 0.5))
@@ -155,7 +155,7 @@ def test_row_12_jobs_of_a_worker_that_only_slept_are_no_suspects_for_long(night:
     night.submit(HELD, steps=60)
     sleeper = night.worker(step_s=0.005).ready()
     ids = night.wait_running(HELD)
-    sleeper.kill(signal.SIGSTOP)
+    sleeper.put_to_sleep()
     time.sleep(sleeper.options["lease_s"] + 0.1)
     assert night.store.sweep().requeued == HELD
     assert all(view.suspect for view in night.client.jobs(ids=ids))
