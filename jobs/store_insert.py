@@ -7,9 +7,11 @@ row, costs the driver and the database three times as much as the insertion itse
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -97,13 +99,26 @@ def jobs(connection: Connection, rows: Sequence[Prepared], *, batch: str | None,
     bound = {_bound(name): value for name, value in common.items()}
     # In the order of the keys: two producers that insert the same keys then wait for, and never deadlock, each other.
     in_order = sorted(rows, key=lambda row: row.idempotency_key or "")
-    for some in chunks(in_order, ROWS_AT_ONCE):
-        connection.execute(statement, bound | {"rows": [_own(row) for row in some]})
+    for text in _texts(list(chunks(in_order, ROWS_AT_ONCE))):
+        connection.execute(statement, bound | {"rows": text})
     return {row.id: _new_view(row, batch, now) for row in rows}
 
 
 #: The columns in which the rows of one submit differ.
 _OWN = (job.c.id, job.c.idempotency_key, job.c.spec, job.c.model, job.c.urgency)
+
+
+def _texts(parts: Sequence[Sequence[Prepared]]) -> Iterator[str]:
+    """Each part as JSON. The next ones are made while the database, which needs no interpreter, stores the first."""
+    if len(parts) < 2:
+        yield from map(_as_json, parts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        yield from pool.map(_as_json, parts)
+
+
+def _as_json(rows: Sequence[Prepared]) -> str:
+    return json.dumps([_own(row) for row in rows])
 
 
 def _own(row: Prepared) -> dict[str, Any]:
@@ -120,14 +135,14 @@ def _own(row: Prepared) -> dict[str, Any]:
 @cache
 def _insert_many(dialect: str, common: tuple[str, ...]) -> sa.Insert:
     """INSERT of the JSON array `rows`, in its order, each with the same value in the `common` columns."""
-    array = sa.bindparam("rows", type_=sa.JSON)
+    array = sa.bindparam("rows", type_=sa.Text)
     own: Sequence[sa.ColumnElement[Any]]
     if dialect == "sqlite":
         each = sa.func.json_each(array).table_valued("value")
         own = [sa.func.json_extract(each.c.value, f"$.{column.name}") for column in _OWN]
     else:
         typed = [sa.column(column.name, column.type) for column in _OWN]
-        each = sa.func.json_to_recordset(array).table_valued(*typed).render_derived(with_types=True)
+        each = sa.func.json_to_recordset(sa.cast(array, sa.JSON)).table_valued(*typed).render_derived(with_types=True)
         own = list(each.c)
     same = [sa.bindparam(_bound(name), type_=job.c[name].type) for name in common]
     # SQLite needs a WHERE here: without one it takes ON CONFLICT for the beginning of a join.

@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 import sqlalchemy as sa
 
+from jobs import store_insert
 from jobs.db import db_now
 from jobs.errors import InvalidSpec, JobConflict, JobNotFound
 from jobs.models import MAX_ATTEMPTS, MAX_SOLO_CRASHES, job
@@ -60,6 +61,12 @@ def test_a_batch_keeps_the_order_of_its_specs(store: Store) -> None:
     views = store.submit([JobSpec(prompt=str(number)) for number in range(50)], batch="b")
     assert [view.spec.prompt for view in store.jobs(batch="b")] == [str(number) for number in reversed(range(50))]
     assert [view.id for view in views] == sorted(view.id for view in views)
+
+
+def test_a_batch_of_several_statements_keeps_its_order(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_insert, "ROWS_AT_ONCE", 7)
+    store.submit([JobSpec(prompt=str(number)) for number in range(50)], batch="b")
+    assert [view.spec.prompt for view in store.jobs(batch="b")] == [str(number) for number in reversed(range(50))]
 
 
 def test_a_batch_grows_when_its_name_is_used_again(store: Store) -> None:
