@@ -7,10 +7,9 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.errors import BadFile, FieldError, InvalidSpec
 from jobs.fields import ALLOWED, PICTURES
@@ -21,8 +20,7 @@ from jobs.spec_checks import NEEDS, with_stand_ins
 MAX_FILE_BYTES = 512 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of the file: `spec`, or the `errors` that keep it from being one. `line` counts from 1."""
 
     line: int
@@ -30,8 +28,7 @@ class Row:
     errors: tuple[FieldError, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Raw:
+class _Raw(NamedTuple):
     line: int
     fields: Mapping[str, Any]
     from_text: bool = True
@@ -60,16 +57,21 @@ def _checked(raws: Iterator[_Raw | Row], common: Mapping[str, str], folder: Path
 
 
 def _spec(raw: _Raw, common: Mapping[str, str], folder: Path) -> JobSpec:
-    fields = from_words(raw.fields) if raw.from_text else dict(raw.fields)
-    missing = _fitting({field: value for field, value in common.items() if field not in fields}, fields)
-    if raw.from_text:
-        spec = read_spec({**from_words(missing), **fields}, from_text=True)
-    else:
-        # JSON has types, the common options have not: those are read from their written form first.
-        spec = read_spec({**_typed(tuple(missing.items())), **fields})
+    spec = read_spec(_with_common(raw, common) if common else _own(raw), from_text=raw.from_text)
     # A path among the defaults is relative to where the command was typed, and stays as it is.
     own = [field for field in PICTURES if field in raw.fields and isinstance(getattr(spec, field), Path)]
     return spec.model_copy(update={field: folder / getattr(spec, field) for field in own}) if own else spec
+
+
+def _own(raw: _Raw) -> Mapping[str, Any]:
+    return from_words(raw.fields) if raw.from_text else raw.fields
+
+
+def _with_common(raw: _Raw, common: Mapping[str, str]) -> Mapping[str, Any]:
+    own = _own(raw)
+    missing = _fitting({field: value for field, value in common.items() if field not in own}, own)
+    # JSON has types, the common options have not: those are read from their written form first.
+    return {**(from_words(missing) if raw.from_text else _typed(tuple(missing.items()))), **own}
 
 
 @lru_cache(maxsize=64)  # rows lack the same few fields, again and again

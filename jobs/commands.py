@@ -161,7 +161,7 @@ def _stored(client: Client, rows: Sequence[Row]) -> list[Row]:
     """The rows with their pictures stored; a picture that cannot be used makes its row bad."""
     inputs, checked = client.inputs(), []
     for row in rows:
-        if row.spec is not None:
+        if row.spec is not None and row.spec.init_image is not None:
             try:
                 row = Row(row.line, inputs.stored(row.spec))
             except InvalidSpec as error:

@@ -16,9 +16,13 @@ from itertools import count
 from typing import Any
 from uuid import uuid4
 
+import redis
 from kombu import Producer
-from kombu.transport import redis
+from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
+
+#: Bytes of one write to the broker. Each has the whole patience of the connection, and a slow line needs it.
+PIECE = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,29 @@ class Kept:
     text: str
 
 
-class RedisChannel(redis.Channel):
+class _InLargePieces:
+    """A connection that does not cut a long command into hundreds of writes, each of which wakes the broker."""
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """As redis-py's."""
+        whole = memoryview(b"".join(command))
+        pieces = [whole[start : start + PIECE] for start in range(0, len(whole), PIECE)]
+        super().send_packed_command(pieces, check_health)  # type: ignore[misc] # of the class that it is mixed into
+
+
+class RedisConnection(_InLargePieces, redis.Connection):
+    """Over TCP."""
+
+
+class RedisSSLConnection(_InLargePieces, redis.SSLConnection):
+    """Over TLS."""
+
+
+class RedisChannel(kombu_redis.Channel):
     """A channel that can keep a message instead of sending it."""
 
+    connection_class = RedisConnection
+    connection_class_ssl = RedisSSLConnection
     keeps: list[Kept] | None = None
 
     def _put(self, queue: str, message: Any, **options: Any) -> None:
@@ -43,7 +67,7 @@ class RedisChannel(redis.Channel):
         self.keeps.append(Kept(name, dumps(message)))
 
 
-class RedisTransport(redis.Transport):
+class RedisTransport(kombu_redis.Transport):
     """kombu's own with that channel."""
 
     Channel = RedisChannel
@@ -55,7 +79,7 @@ class Envelope:
     def __init__(self, kept: Kept, job_id: str) -> None:
         message = json.loads(kept.text)
         self.list = kept.list
-        self._body = base64.b64decode(message["body"]).decode().split(job_id)
+        self._body = base64.b64decode(message["body"]).split(job_id.encode())
         self._text = (
             kept.text.replace("%", "%%")
             .replace(message["body"], "%(body)s")
@@ -63,13 +87,15 @@ class Envelope:
             .replace(message["properties"]["delivery_tag"], "%(own)s")
             .replace(message["headers"]["id"], "%(own)s")
             .replace(job_id, "%(job)s")
+            .encode()
         )
         self._stem, self._numbers = str(uuid4())[:-12], count()
 
-    def copy(self, job_id: str) -> str:
+    def copy(self, job_id: str) -> bytes:
         """The message for another job, with an id of its own."""
-        body = binascii.b2a_base64(job_id.join(self._body).encode(), newline=False).decode()
-        return self._text % {"job": job_id, "body": body, "own": f"{self._stem}{next(self._numbers):012x}"}
+        job, own = job_id.encode(), f"{self._stem}{next(self._numbers):012x}".encode()
+        body = binascii.b2a_base64(job.join(self._body), newline=False)
+        return self._text % {b"job": job, b"body": body, b"own": own}
 
 
 def push(producer: Producer, envelope: Envelope, job_ids: Sequence[str]) -> None:

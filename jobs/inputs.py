@@ -59,6 +59,8 @@ class Inputs:
 
         Raises InvalidSpec for a picture that a worker could not use, StorageError when it cannot be stored.
         """
+        if spec.init_image is None:  # then it has no mask either; almost every row of a night ends here
+            return spec
         sources = {field: getattr(spec, field) for field in PICTURES if getattr(spec, field) is not None}
         if all(isinstance(source, InputKey) for source in sources.values()):
             for field, key in sources.items():  # looked at when it was stored

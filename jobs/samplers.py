@@ -106,6 +106,8 @@ def our_name(text: str) -> str:
 
     Raises ValueError, with the nearest name where one is near.
     """
+    if text in TABLE:
+        return text
     folded = _folded(text)
     if folded in _OURS:
         return _OURS[folded]

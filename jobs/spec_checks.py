@@ -93,8 +93,9 @@ def complaints(spec: JobSpec) -> list[FieldError]:
 
 def _idle(spec: JobSpec) -> Iterator[FieldError]:
     fields, defaults = spec.__dict__, _defaults(type(spec))
+    given = spec.model_fields_set
     for field, need in NEEDS.items():
-        if fields[field] != defaults[field] and not need.met(fields[need.of]):
+        if field in given and fields[field] != defaults[field] and not need.met(fields[need.of]):
             yield FieldError(field, f"{shown(fields[field])} was given without {need.what}; give both or none")
 
 

@@ -60,6 +60,7 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("prompt", ""),
         ("prompt", "   "),
         ("prompt", "x" * (MAX_PROMPT + 1)),
+        ("prompt", "\u0344" * (MAX_PROMPT // 2 + 1)),  # two characters each, once composed
         ("prompt", "nul\0"),
         ("prompt", "escape\x1b[31m"),
         ("prompt", "c1\x85"),
