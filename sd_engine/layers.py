@@ -17,6 +17,9 @@ from sd_engine import winograd
 
 KeysValues = tuple[Tensor, Tensor]
 
+# Weights that may lie in memory in another layout than in their file, at no cost that anybody would notice.
+_SMALL = 2**20
+
 
 def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
     """Sinusoidal embedding of (possibly fractional) timesteps, cosines first: [B] -> [B, width], float32.
@@ -69,6 +72,21 @@ class Conv3x3(nn.Conv2d):
         if kept is None or kept[0] != made_of:
             kept = self._filters[form] = (made_of, winograd.Filters.of(weight, form))
         return kept[1]
+
+
+def lay_out_weights(module: nn.Module) -> None:
+    """Bring the weights of a CPU's plain convolutions into the layout of their maps, or each call does so anew.
+
+    Not the large ones for which Winograd's algorithm stands at nearly every size: those stay mapped from their file.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and not _is_hardly_called(layer):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_hardly_called(layer: nn.Conv2d) -> bool:
+    fit = layer.weight.dtype == torch.float32 and min(layer.weight.shape[:2]) >= winograd.LEAST_CHANNELS
+    return isinstance(layer, Conv3x3) and not layer.sparing and fit and layer.weight.numel() > _SMALL
 
 
 def spare_memory(module: nn.Module, sparing: bool) -> None:

