@@ -96,9 +96,10 @@ class Alone:
 class Service:
     """A worker on one lane, and a producer."""
 
-    def __init__(self, lane: str, settings: Settings, threads: int, stack: ExitStack) -> None:
+    def __init__(self, lane: str, settings: Settings, threads: int, held: int, stack: ExitStack) -> None:
         log = settings.home.parent / f"{lane}-{threads}.log"
         command = ["-m", "worker", "--no-supervisor", "--device", "cpu", "--threads", str(threads)]
+        command += ["--concurrency", str(held)]
         self._worker = stack.enter_context(process(command, settings, log))
         self._client = stack.enter_context(Client(settings))
         self._batches = 0
@@ -135,8 +136,8 @@ def _servers_cpu_s() -> float:
 class Bench:
     """Both lanes and the engine alone, for each number of threads."""
 
-    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int]) -> None:
-        self._folder, self._stack = folder, stack
+    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int], held: int) -> None:
+        self._folder, self._stack, self._held = folder, stack, held
         self._file = lanes.migrated_file(folder)
         self._postgres = stack.enter_context(servers.postgres_server())
         self._database = lanes.migrated_database(self._postgres)
@@ -150,7 +151,7 @@ class Bench:
         for lane in LANES:
             folder = self._folder / f"{lane}-{threads}"
             folder.mkdir()
-            made[lane] = Service(lane, self._settings(lane, folder), threads, self._stack)
+            made[lane] = Service(lane, self._settings(lane, folder), threads, self._held, self._stack)
         return made
 
     def _settings(self, lane: str, folder: Path) -> Settings:
@@ -231,10 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--jobs", type=int, default=48, help="of one run (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=96, help="of one run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--side", type=int, default=96, help="pixels (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=96,
+        help="jobs that a worker holds (default: %(default)s, for the engine alone holds all of them, too)",
+    )
     both = sorted({1, os.cpu_count() or 1})
     parser.add_argument("--threads", default=",".join(map(str, both)), help="of the engine (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two jobs of two steps, one thread, one round")
@@ -246,11 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.jobs, options.steps, options.rounds, options.threads = 2, 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]
     with tempfile.TemporaryDirectory(prefix="nightshift-service-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, threads)
+        bench = Bench(Path(folder), stack, threads, options.concurrency)
         measured = bench.measure(options.jobs, options.steps, options.side, options.rounds)
     reached = goals(measured)
     print(table(measured, reached))
-    about = {name: getattr(options, name) for name in ("jobs", "steps", "side", "rounds")}
+    about = {name: getattr(options, name) for name in ("jobs", "steps", "side", "rounds", "concurrency")}
     about["servers"] = "SQLite, synchronous=NORMAL; PostgreSQL, fsync=off; Redis; S3 by rclone; all on this machine"
     report.write(options.out, about | {"measured": measured, "goals": as_json(reached)}, beside=("celery", "boto3"))
     plots.bars(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -239,6 +240,13 @@ def due(
     connection: Connection, limit: int, models: Collection[str] | None, older_than_s: float, priority_from: int
 ) -> list[Due]:
     """The first `limit` queued jobs of this priority or above whose bell is old, in order; records that it rings."""
+    statement = _due(None if models is None else tuple(models), older_than_s, priority_from)
+    rows = sorted(connection.execute(statement, {"most": limit}).all(), key=lambda row: row[:3])
+    return [Due(row.id, row.model, 9 - row.urgency) for row in rows]
+
+
+@lru_cache(maxsize=16)  # a worker asks the same several times a second; to build it anew takes longer than the answer
+def _due(models: tuple[str, ...] | None, older_than_s: float, priority_from: int) -> sa.Executable:
     bell_old = sa.or_(job.c.rung_at.is_(None), job.c.rung_at <= db_now(-older_than_s))
     chosen = sa.select(job.c.id).where(is_in(State.queued), job.c.available_at <= db_now(), bell_old)
     if models is not None:
@@ -246,16 +254,15 @@ def due(
     if priority_from > 0:
         chosen = chosen.where(job.c.urgency <= 9 - priority_from)
     # skip_locked (SQLite ignores it): two sweepers share the work, neither waits for the other.
-    chosen = chosen.order_by(job.c.urgency, job.c.created_at, job.c.id).limit(limit).with_for_update(skip_locked=True)
-    statement = (
+    in_order = chosen.order_by(job.c.urgency, job.c.created_at, job.c.id).limit(sa.bindparam("most", type_=sa.Integer))
+    chosen = in_order.with_for_update(skip_locked=True)
+    return (
         sa.update(job)
-        # A CTE, so that PostgreSQL chooses once and never more than `limit`.
+        # A CTE, so that PostgreSQL chooses once and never more than `most`.
         .where(job.c.id.in_(sa.select(chosen.cte("chosen").c.id)))
         .values(rung_at=db_now())
         .returning(job.c.urgency, job.c.created_at, job.c.id, job.c.model)
     )
-    rows = sorted(connection.execute(statement).all(), key=lambda row: row[:3])
-    return [Due(row.id, row.model, 9 - row.urgency) for row in rows]
 
 
 def _text(text: str, limit: int) -> str:
