@@ -9,8 +9,9 @@ Two parts. Pictures: the shipped model draws the same prompts and seeds exactly 
 `seconds` are the exact run's over the choice's (larger is faster; whole U-Net rows count, shallow ones are listed
 beside them), PSNR and levels of 256 are against the exact pictures (the medians and means over the prompts), and
 `right` is the share that the checker of `benchmarks.mini_quality` takes for what was asked. U-Net: the seconds of one
-row, at the size of SD 1.5 with random weights, and of its finest transformer block with and without token merging:
-there a step's time is the U-Net's, in the small shipped model half of it is not.
+row, at the size of SD 1.5 with random weights, of its finest transformer block with and without token merging, and of
+decoding one picture by the VAE and by a tiny decoder of the published size: there a step's time is the U-Net's, in the
+small shipped model half of it is not.
 
 Prints both tables and writes `benchmarks/results/choices.json` and a plot beside it.
 """
@@ -23,27 +24,32 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from benchmarks.goals import spread
 from benchmarks.mini_quality import Wanted, random_prompt, see
 from benchmarks.plots import bars
 from benchmarks.report import RESULTS, write
 from sd_engine import Engine, Model, Request, load_model, shipped_model
-from sd_engine.config import UNetConfig
+from sd_engine.config import TinyDecoderConfig, UNetConfig, VaeConfig
 from sd_engine.context import join
+from sd_engine.layers import lay_out_weights
 from sd_engine.merging import Merging
 from sd_engine.row import Row
 from sd_engine.runner import Runner
+from sd_engine.tiny_decoder import TinyDecoder
 from sd_engine.unet import TransformerBlock, UNet
+from sd_engine.vae import Vae
 
+Module = TypeVar("Module", bound=nn.Module)
 Pixels = npt.NDArray[np.uint8]
 EXACT = "exact"
 CHOICES: Mapping[str, Mapping[str, Any]] = {
@@ -55,6 +61,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "deepcache_interval 3": {"deepcache_interval": 3},
     "deepcache_interval 5": {"deepcache_interval": 5},
     "token_merging_ratio 0.5": {"token_merging_ratio": 0.5},
+    "decoder tiny": {"decoder": "tiny"},
     "deepcache 2, stop 0.8": {"deepcache_interval": 2, "guidance_stop": 0.8},
 }
 
@@ -145,17 +152,21 @@ def pictures_part(prompts: int, seed: int, steps: int, guidance: float, repeats:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A U-Net to measure, the side of its latents, and that of those that token merging is for."""
+    """A U-Net and a VAE to measure, the side of their latents, and that of those that token merging is for."""
 
     config: UNetConfig
     side: int
     large: int
+    vae: VaeConfig = field(default_factory=VaeConfig)
 
 
 SIZES = {
     "sd15": Size(UNetConfig(), 64, 96),
     "tiny": Size(
-        UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 2), context_width=32, norm_groups=8), 8, 12
+        UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 2), context_width=32, norm_groups=8),
+        side=8,
+        large=12,
+        vae=VaeConfig(channels=(8, 8, 8, 8), norm_groups=4),
     ),
 }
 
@@ -221,14 +232,27 @@ def shallow_part(unet: UNet, side: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def random_unet(config: UNetConfig) -> UNet:
+@torch.inference_mode()
+def decoder_part(size: Size, repeats: int) -> dict[str, Any]:
+    """Seconds of decoding one picture, by the VAE and by a tiny decoder, in turns."""
+    vae, tiny = at_random(lambda: Vae(size.vae)), at_random(lambda: TinyDecoder(TinyDecoderConfig()))
+    z = torch.randn(1, size.vae.latent_channels, size.side, size.side)
+    ways = {"vae": partial(vae.decode, z), "tiny": partial(tiny, z)}
+    in_turns(ways, 1)  # the first call of a convolution makes its filters
+    seconds = in_turns(ways, repeats)
+    gains = [full / small for full, small in zip(seconds["vae"], seconds["tiny"], strict=True)]
+    return {"seconds": {name: spread(values, 3) for name, values in seconds.items()}, "gain": spread(gains, 2)}
+
+
+def at_random(build: Callable[[], Module]) -> Module:
     """Of small random weights: what it computes means nothing, and takes its usual time."""
     with torch.device("meta"):
-        unet = UNet(config)
-    unet = unet.to_empty(device="cpu").requires_grad_(False).eval()
-    for parameter in unet.parameters():
+        module = build()
+    module = module.to_empty(device="cpu").requires_grad_(False).eval()
+    for parameter in module.parameters():
         parameter.normal_(std=0.02)
-    return unet
+    lay_out_weights(module)
+    return module
 
 
 def table(part: Mapping[str, Any]) -> list[str]:
@@ -266,7 +290,7 @@ def main(words: Sequence[str] | None = None) -> int:
     result |= {"pictures": pictures}
     if args.unet != "none":
         size = SIZES[args.unet]
-        unet = random_unet(size.config)
+        unet = at_random(lambda: UNet(size.config))
         result["unet"] = {"name": args.unet, **shallow_part(unet, size.side, args.repeats)}
         result["block"] = merging_in_a_block(size, args.repeats)
         share = result["unet"]["shallow_share"]["median"]
@@ -276,6 +300,9 @@ def main(words: Sequence[str] | None = None) -> int:
             print(
                 f"its finest attending block, {side} x {side} positions: token_merging_ratio 0.5 {gain['median']:8.2f}"
             )
+        decoders = result["decoder"] = decoder_part(size, args.repeats)
+        took = ", ".join(f"{name} {seconds['median']:.3f} s" for name, seconds in decoders["seconds"].items())
+        print(f"decoding a picture: {took}; the tiny decoder {decoders['gain']['median']:.1f} x as fast")
         if args.large:
             result["large"] = {"name": args.unet, **merging_part(unet, size.large, args.repeats)}
             gain = result["large"]["token_merging_ratio 0.5"]["median"]

@@ -46,6 +46,7 @@ ALLOWED: Mapping[str, str] = {
     "sampler": f"{_ONE_SPACING}; or, each also with _karras or _exponential: {_ALL_SPACINGS}",
     "deepcache_interval": f"a whole number from 1 to {MAX_DEEPCACHE_INTERVAL}",
     "token_merging_ratio": f"a number from 0 to {MAX_TOKEN_MERGING_RATIO}",
+    "decoder": "vae or tiny",
     "eta": "a number from 0 to 1",
     "clip_skip": f"a whole number from 1 to {MAX_CLIP_SKIP}",
     "noise": "cpu or cuda",
@@ -127,3 +128,4 @@ ImageSource = Annotated[
 Resize = Literal["stretch", "crop", "fill"]
 Upscaling = Literal["latent", "pixel"]
 Noise = Literal["cpu", "cuda"]
+Decoder = Literal["vae", "tiny"]

@@ -43,6 +43,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "guidance_stop": ("SHARE", "share of the steps after which none is guided"),
         "deepcache_interval": ("N", "one of so many steps computes the whole U-Net, the others its last block"),
         "token_merging_ratio": ("R", "share of the positions that is merged in self-attention; for large sizes"),
+        "decoder": ("WHAT", "what makes the picture of the last latent: tiny is the model's TAESD, if it has one"),
     },
     "From a picture": {
         "init_image": ("PATH", "what is started from"),

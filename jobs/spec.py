@@ -23,6 +23,7 @@ from jobs.fields import (
     MAX_UPSCALE,
     MODEL_NAME,
     URGENT_PRIORITY,
+    Decoder,
     ImageSource,
     InputKey,
     Noise,
@@ -59,6 +60,7 @@ class JobSpec(BaseModel):
     guidance_stop: Share = 1.0
     token_merging_ratio: Annotated[float, Field(ge=0, le=MAX_TOKEN_MERGING_RATIO)] = 0.0
     deepcache_interval: Annotated[int, Field(ge=1, le=MAX_DEEPCACHE_INTERVAL)] = 1
+    decoder: Decoder = "vae"
     sampler: Sampler = samplers.DEFAULT
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip_skip: Annotated[int, Field(ge=1, le=MAX_CLIP_SKIP)] = 1

@@ -10,7 +10,11 @@ from typing import Any, Final
 from sd_engine.errors import WeightsError
 
 _WIDEST: Final = 2**20  # of anything that is counted in a model: far above any, far below what fills a memory
-_LISTS: Final = ("block_out_channels", "attention_head_dim", "num_attention_heads")  # one number for each level
+_LISTS: Final = (  # one number for each level
+    *("block_out_channels", "decoder_block_out_channels"),
+    *("attention_head_dim", "num_attention_heads"),
+)
+_MOST_LEVELS: Final = 10
 _DEEPEST: Final = 200  # layers one after the other: building more takes minutes before a file is looked at
 
 
@@ -115,6 +119,37 @@ class VaeConfig:
             norm_groups=config.get("norm_num_groups", 32),
             scaling_factor=config.get("scaling_factor", 0.18215),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TinyDecoderConfig:
+    """A TAESD's decoder; the defaults are the published one's. `blocks` has one entry per level, the coarsest first."""
+
+    latent_channels: int = 4
+    channels: int = 64
+    blocks: tuple[int, ...] = (3, 3, 3, 1)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return int(2 ** (len(self.blocks) - 1))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TinyDecoderConfig:
+        """Read the `config.json` of an AutoencoderTiny. Raises WeightsError for a feature that is not built."""
+        _refuse(config, _class_name="AutoencoderTiny", act_fn="relu", out_channels=3, upsampling_scaling_factor=2)
+        _refuse(config, upsample_fn="nearest", scaling_factor=1.0, shift_factor=0.0)
+        _check_whole(config, "latent_channels", "decoder_block_out_channels")
+        published = cls()
+        widths = config.get("decoder_block_out_channels", (published.channels,))
+        blocks = config.get("num_decoder_blocks", published.blocks)
+        fitting = isinstance(blocks, list | tuple) and all(type(n) is int and 0 < n <= _DEEPEST for n in blocks)
+        if not fitting or not isinstance(widths, list | tuple) or len(set(widths)) != 1 or len(blocks) > _MOST_LEVELS:
+            raise WeightsError(
+                f"model configuration decoder_block_out_channels={widths!r}, num_decoder_blocks={blocks!r} is not "
+                f"supported: one width at all levels, at most {_MOST_LEVELS} levels of 1 to {_DEEPEST} blocks"
+            )
+        return cls(config.get("latent_channels", published.latent_channels), widths[0], tuple(blocks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
+from sd_engine.config import ClipConfig, TinyDecoderConfig, UNetConfig, VaeConfig
 from sd_engine.keymaps import diffusers_name
 from sd_engine.model import Configs
 from sd_engine.offload import Component
 from sd_engine.schedules import NoiseSchedule
+from sd_engine.tiny_decoder import TinyDecoder
 
 _WEIGHTS: Mapping[Component, str] = {
     "text_encoder": "model.safetensors",
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
+    "tiny_decoder": "diffusion_pytorch_model.safetensors",
 }
 
 
@@ -35,11 +37,21 @@ def write_folder(
     _write(folder / "unet" / "config.json", unet_config(configs.unet))
     _write(folder / "vae" / "config.json", vae_config(configs.vae, configs.unet.sample_size * configs.vae.factor))
     for component, module in modules.items():
-        tensors = {
-            diffusers_name(component, name): value.detach().to("cpu", dtype).contiguous()
-            for name, value in module.state_dict().items()
-        }
-        save_file(tensors, folder / component / _WEIGHTS[component], metadata={"format": "pt"})
+        _save(folder / component, component, module, dtype)
+
+
+def write_tiny_decoder(folder: Path, decoder: TinyDecoder, dtype: torch.dtype = torch.float16) -> None:
+    """Write it as diffusers' AutoencoderTiny, without the encoder that such a folder also has."""
+    _write(folder / "config.json", _tiny_decoder_config(decoder.config))
+    _save(folder, "tiny_decoder", decoder, dtype)
+
+
+def _save(folder: Path, component: Component, module: nn.Module, dtype: torch.dtype) -> None:
+    tensors = {
+        diffusers_name(component, name): value.detach().to("cpu", dtype).contiguous()
+        for name, value in module.state_dict().items()
+    }
+    save_file(tensors, folder / _WEIGHTS[component], metadata={"format": "pt"})
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -83,6 +95,16 @@ def vae_config(config: VaeConfig, sample_size: int) -> dict[str, Any]:
         "norm_num_groups": config.norm_groups, "out_channels": config.image_channels,
         "sample_size": sample_size, "scaling_factor": config.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }  # fmt: skip
+
+
+def _tiny_decoder_config(config: TinyDecoderConfig) -> dict[str, Any]:
+    levels = len(config.blocks)
+    return {
+        "_class_name": "AutoencoderTiny", "act_fn": "relu", "in_channels": 3, "out_channels": 3,
+        "latent_channels": config.latent_channels, "upsampling_scaling_factor": 2, "scaling_factor": 1.0,
+        "encoder_block_out_channels": [config.channels] * levels, "num_encoder_blocks": list(config.blocks[::-1]),
+        "decoder_block_out_channels": [config.channels] * levels, "num_decoder_blocks": list(config.blocks),
     }  # fmt: skip
 
 

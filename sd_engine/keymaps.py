@@ -106,7 +106,15 @@ DIFFUSERS_VAE: Final = KeyMap(
     squeezed=VAE_SQUEEZED,
 )
 
-DIFFUSERS: Final[Mapping[str, KeyMap]] = {"text_encoder": TEXT, "unet": DIFFUSERS_UNET, "vae": DIFFUSERS_VAE}
+# Of an AutoencoderTiny; its encoder is not used.
+TINY_DECODER: Final = KeyMap(rules=((r"^decoder\.", ""),), ignored=(r"^encoder\.",))
+
+DIFFUSERS: Final[Mapping[str, KeyMap]] = {
+    "text_encoder": TEXT,
+    "unet": DIFFUSERS_UNET,
+    "vae": DIFFUSERS_VAE,
+    "tiny_decoder": TINY_DECODER,
+}
 
 # Our names to the folder's: the way back. `diffusers_name` holds the two directions against each other.
 _TO_DIFFUSERS: Final[Mapping[str, tuple[Rule, ...]]] = {
@@ -132,6 +140,7 @@ _TO_DIFFUSERS: Final[Mapping[str, tuple[Rule, ...]]] = {
         (r"\.attention\.to_out\.", ".to_out.0."),
         (r"\.attention\.", "."),
     ),
+    "tiny_decoder": ((r"^", "decoder."),),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sd_engine.halving import is_out_of_memory
 from sd_engine.model import Model
+from sd_engine.request import Decoder
 from sd_engine.row import Lane, Row
 from sd_engine.vae import Vae, Way
 from sd_engine.vae_tiles import decode_in_tiles, encode_in_tiles
@@ -62,22 +63,28 @@ def decode_latents(model: Model, latents_BCHW: Tensor, *, whole_pixels: int = WH
         return _in_range(decode, model.vae, latents_BCHW, model.dtype)
 
 
+def decode_tiny(model: Model, latents_BCHW: Tensor) -> Tensor:
+    """As `decode_latents`, by the model's tiny decoder: another picture, nearly the same."""
+    assert model.tiny_decoder is not None, "a request for it is refused where there is none"
+    return model.tiny_decoder(latents_BCHW.to(model.dtype)).float().cpu()
+
+
 def rounded(pixels_BCHW: Tensor) -> Tensor:
     """Decoded pictures float32 [B, 3, H, W] -> uint8 [B, H, W, 3]; what is not finite becomes black."""
     return (pixels_BCHW / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().nan_to_num().to(torch.uint8)
 
 
 def decode_batches(rows: Iterable[Row], limit: int = DECODE_BATCH) -> list[list[Row]]:
-    """Rows that are decoded together: of the same lane, at most `limit`, and of at most DECODE_CELLS cells in all.
+    """Rows that are decoded together: of one lane by one decoder, at most `limit`, of at most DECODE_CELLS cells.
 
     A row that has more cells by itself is decoded alone. Raises ValueError for a limit below 1.
     """
     if limit < 1:
         raise ValueError(f"limit={limit} is not allowed: at least one picture is decoded by a call")
-    lanes: dict[Lane, list[Row]] = {}
+    alike: dict[tuple[Lane, Decoder], list[Row]] = {}
     for row in rows:
-        lanes.setdefault(row.lane, []).append(row)
-    return [batch for lane, members in lanes.items() for batch in _batches(members, min(limit, _fitting(lane)))]
+        alike.setdefault((row.lane, row.request.decoder), []).append(row)
+    return [batch for (lane, _), members in alike.items() for batch in _batches(members, min(limit, _fitting(lane)))]
 
 
 def _fitting(lane: Lane) -> int:

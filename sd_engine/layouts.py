@@ -20,6 +20,7 @@ _STEMS: Final[Mapping[Component, tuple[str, str]]] = {
     "text_encoder": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model",) * 2,
     "vae": ("diffusion_pytorch_model",) * 2,
+    "tiny_decoder": ("diffusion_pytorch_model",) * 2,
 }
 _VARIANTS: Final = (None, "fp16", "bf16", "fp32")  # taken in this order when none is asked for
 

@@ -17,6 +17,7 @@ from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
 from sd_engine.offload import Component, Offload, Visitor, check_offload, visitors
 from sd_engine.schedules import NoiseSchedule
+from sd_engine.tiny_decoder import TinyDecoder
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
@@ -67,6 +68,7 @@ class Model:
 
     offload: which parts wait on the CPU while nobody works with them; raises InvalidDevice for an unknown mode.
     embeddings: vectors [n, text width] by the word of a prompt that stands for them (`prompts.embeddings`).
+    tiny_decoder: for requests that choose it; it is small, and stays on the device.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Model:
     dtype: torch.dtype
     offload: Offload = "resident"
     embeddings: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    tiny_decoder: TinyDecoder | None = None
     _visitors: Mapping[Component, Visitor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

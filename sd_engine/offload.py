@@ -18,7 +18,7 @@ from torch import nn
 from sd_engine.devices import pick_device, pick_dtype
 from sd_engine.errors import InvalidDevice
 
-Component = Literal["text_encoder", "unet", "vae"]
+Component = Literal["text_encoder", "unet", "vae", "tiny_decoder"]
 Offload = Literal["resident", "idle", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sd_engine.errors import InvalidRequest
 from sd_engine.request import Request
 from sd_engine.row import Lane, Row
 from sd_engine.samplers import StepTable, step_table
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 def first_row(id: int, request: Request, model_name: str, model: Model, *, urgent: bool = False) -> Row:
     """The row of a new request, with the row of its second pass at hand, as urgent.
 
-    Raises InvalidRequest for what the model cannot lay out or draw, of either pass.
+    Raises InvalidRequest for what the model cannot lay out, draw or decode, of either pass.
     """
+    if request.decoder == "tiny" and model.tiny_decoder is None:
+        remedy = "put a TAESD for its latents into its folder, as tiny_decoder/"
+        raise InvalidRequest("decoder", request.decoder, f"vae, for {model_name} has no tiny decoder", remedy)
     size = request.size(*model.size)
     strength = None if request.init_image is None else request.strength
     table = _table(request, model, request.steps, strength)

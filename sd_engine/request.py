@@ -27,6 +27,7 @@ MAX_UPSCALE: Final = 4.0
 Resize = Literal["stretch", "crop", "fill"]
 Upscaling = Literal["latent", "pixel"]
 Noise = Literal["cpu", "cuda"]
+Decoder = Literal["vae", "tiny"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +42,7 @@ class Request:
     features of the last whole step; 1 computes all of it always (Ma et al. 2023, arXiv 2312.00858).
     token_merging_ratio: the share of the positions that do not attend for themselves where there are most of them
     (Bolya and Hoffman 2023, arXiv 2303.17604); it pays from about 768 x 768 pixels on.
+    decoder: what makes the picture of the last latent: the VAE, or the model's tiny decoder, if it has one.
     eta: 0 (deterministic) to 1 (as noisy as DDPM), for the sampler `ddim` only.
     clip_skip: which layer of the text encoder is taken, counted from the last: 1 is the last, 2 the one before.
     width, height: pixels, multiples of 8; None takes the init image's size (rounded down to 8) or the model's own.
@@ -70,6 +72,7 @@ class Request:
     guidance_stop: float = 1.0
     deepcache_interval: int = 1
     token_merging_ratio: float = 0.0
+    decoder: Decoder = "vae"
     sampler: str = "dpmpp_2m_karras"
     eta: float = 0.0
     clip_skip: int = 1
@@ -99,6 +102,7 @@ class Request:
         _whole("deepcache_interval", self.deepcache_interval, 1, MAX_DEEPCACHE_INTERVAL)
         most = MAX_TOKEN_MERGING_RATIO
         _number("token_merging_ratio", self.token_merging_ratio, 0.0, most, f"a number from 0 to {most:g}")
+        _choice("decoder", self.decoder, get_args(Decoder))
         _choice("sampler", self.sampler, SAMPLERS)
         _number("eta", self.eta, 0.0, 1.0, "a number from 0 to 1")
         _whole("clip_skip", self.clip_skip, 1, MAX_CLIP_SKIP)

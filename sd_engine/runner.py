@@ -20,7 +20,7 @@ from sd_engine.devices import one_thread, sent
 from sd_engine.errors import Cancelled, NonFinite
 from sd_engine.guidance import Spread
 from sd_engine.halving import halving
-from sd_engine.latents import DECODE_BATCH, decode_batches, decode_latents, rounded
+from sd_engine.latents import DECODE_BATCH, decode_batches, decode_latents, decode_tiny, rounded
 from sd_engine.masks import with_kept
 from sd_engine.model import Model
 from sd_engine.noise import noise_source
@@ -127,7 +127,8 @@ class Runner:
 
     def _decode(self, rows: Sequence[Row]) -> dict[int, npt.NDArray[np.uint8]]:
         latents_BCHW = torch.stack([_there(row.latent) for row in rows])
-        pixels_BCHW = decode_latents(self.models[rows[0].lane.model], latents_BCHW)
+        decode = decode_tiny if rows[0].request.decoder == "tiny" else decode_latents
+        pixels_BCHW = decode(self.models[rows[0].lane.model], latents_BCHW)
         for row, pixels_CHW in zip(rows, pixels_BCHW, strict=True):
             if not bool(pixels_CHW.isfinite().all()):
                 row.error = NonFinite(

@@ -9,22 +9,31 @@ an error that lists the keys, and so is a number that is not finite.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint
+from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint, read_config
 from sd_engine.clip import ClipTextEncoder
+from sd_engine.config import TinyDecoderConfig, VaeConfig
 from sd_engine.errors import WeightsError
-from sd_engine.filling import Uninitialized, fill
+from sd_engine.filling import Part, Uninitialized, fill
+from sd_engine.keymaps import TINY_DECODER
 from sd_engine.layers import lay_out_weights, spare_memory
+from sd_engine.layouts import component_file, opened
 from sd_engine.model import Configs, Model
 from sd_engine.offload import Place, pin
 from sd_engine.prompts.embeddings import load_embeddings
+from sd_engine.tiny_decoder import TinyDecoder
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
+
+#: Where a model keeps its tiny decoder: in its folder, or beside its single file.
+TINY_DECODER_FOLDER: Final = "tiny_decoder"
 
 
 def load_model(
@@ -41,6 +50,7 @@ def load_model(
     prediction: str | None = None,
     zero_snr: bool | None = None,
     embeddings: Path | str | None = None,
+    tiny_decoder: Path | str | None = None,
 ) -> Model:
     """Load a diffusers folder, a single file with the original (LDM) names, or a folder of bare component files.
 
@@ -51,6 +61,8 @@ def load_model(
     prediction: "epsilon", "v_prediction" or "sample"; none given: the folder's, or the rule of `families.py`.
     zero_snr: whether the noise schedule ends in pure noise; none given: what the model says.
     embeddings: a folder of textual inversion files; none given: `embeddings/` in the model's folder or beside it.
+    tiny_decoder: a folder with diffusers' AutoencoderTiny (TAESD), for requests that choose it; none given:
+    `tiny_decoder/` in the model's folder or beside the single file, if it is there.
     Raises InvalidDevice for a device, dtype or mode of offload that does not exist or is not here, and WeightsError:
     what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
     """
@@ -58,7 +70,40 @@ def load_model(
     choice = Choice(variant, ema, None if vae is None else Path(vae), configs, prediction, zero_snr)
     with opened_checkpoint(Path(path), choice) as checkpoint:
         words = _embeddings(checkpoint, embeddings)
-        return filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words)
+        model = filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words)
+    folder = _tiny_decoder_folder(Path(path)) if tiny_decoder is None else Path(tiny_decoder)
+    return model if folder is None else replace(model, tiny_decoder=load_tiny_decoder(folder, model))
+
+
+def _tiny_decoder_folder(path: Path) -> Path | None:
+    folder = (path if path.is_dir() else path.parent) / TINY_DECODER_FOLDER
+    return folder if folder.is_dir() else None
+
+
+def load_tiny_decoder(folder: Path, model: Model) -> TinyDecoder:
+    """The decoder of an AutoencoderTiny's folder, on the model's device; its encoder is left alone.
+
+    Raises WeightsError for one that is not whole, or not for latents of this model.
+    """
+    config, vae = read_config(folder / "config.json", TinyDecoderConfig.from_dict), model.vae.config
+    _check_latents(folder, config, vae)
+    with torch.device("meta"), Uninitialized():
+        decoder = TinyDecoder(config)
+    with opened(component_file(folder, "tiny_decoder")) as file:
+        part = Part("tiny_decoder", file, {key: key for key in file.keys}, TINY_DECODER, "diffusers")
+        fill(decoder, part, model.device, model.dtype)
+    if model.device.type == "cpu":
+        lay_out_weights(decoder)
+    return decoder.eval().requires_grad_(False)
+
+
+def _check_latents(folder: Path, config: TinyDecoderConfig, vae: VaeConfig) -> None:
+    ours, theirs = (config.latent_channels, config.factor), (vae.latent_channels, vae.factor)
+    if ours != theirs:
+        raise WeightsError(
+            f"{folder} decodes latents of {ours[0]} channels at 1/{ours[1]} of the size, the model's have {theirs[0]} "
+            f"at 1/{theirs[1]}; take the tiny decoder of its family, or remove that folder"
+        )
 
 
 def _embeddings(checkpoint: Checkpoint, given: Path | str | None) -> Mapping[str, Tensor]:

@@ -78,6 +78,7 @@ def parameters_text(spec: JobSpec, seed: int, width: int, height: int) -> str:
         "CFG stop": f"{spec.guidance_stop:g}" if spec.guidance_stop < 1 else None,
         "DeepCache interval": spec.deepcache_interval if spec.deepcache_interval > 1 else None,
         "Token merging ratio": f"{spec.token_merging_ratio:g}" if spec.token_merging_ratio else None,
+        "VAE Decoder": None if spec.decoder == "vae" else "TAESD",
         "Mask blur": None if spec.mask is None else f"{spec.mask_blur:g}",
         **_second_pass(spec),
     }

@@ -22,6 +22,8 @@ _BARE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # as the engine looks 
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _TOKENIZER = ("vocab.json", "merges.txt")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+#: Taken along where they are there.
+_TINY_DECODER = ("tiny_decoder/config.json", "tiny_decoder/diffusion_pytorch_model.safetensors")
 _CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in COMPONENTS))
 
 
@@ -55,7 +57,7 @@ def folder_files(names: Collection[str], *, variant: str | None = None, tokenize
         known = ", ".join(sorted(found or "the plain one" for found in variants)) or "none"
         raise BadModel(f"there are no weights of the variant {variant!r} (there is: {known}); choose another --variant")
     weights = [name for component in COMPONENTS for name in best_weights(names, component, variant)]
-    configs = [name for name in _CONFIGS if name in names]
+    configs = [name for name in (*_CONFIGS, *_TINY_DECODER) if name in names]
     return {name: name for name in (*configs, *words)} | {name: _plain(name) for name in weights}
 
 

@@ -16,9 +16,19 @@ import click
 @click.option(
     "--unet-steps", type=click.IntRange(min=1), default=None, help="Steps of the U-Net (default: the recipe's)."
 )
+@click.option(
+    "--tiny-decoder-steps", type=click.IntRange(min=1), default=None, help="Steps of the tiny decoder (the recipe's)."
+)
 @click.option("--pictures", type=click.IntRange(min=160), default=None, help="Pictures to learn from.")
 @click.option("--fresh", is_flag=True, help="Forget what is in --out instead of resuming.")
-def train_mini(out: Path, vae_steps: int | None, unet_steps: int | None, pictures: int | None, fresh: bool) -> None:
+def train_mini(
+    out: Path,
+    vae_steps: int | None,
+    unet_steps: int | None,
+    tiny_decoder_steps: int | None,
+    pictures: int | None,
+    fresh: bool,
+) -> None:
     """Train nightshift-mini on pictures that are drawn on the way. Resumes from --out after an interruption.
 
     The recipe takes hours on two cores and leaves a diffusers folder in OUT/nightshift-mini.
@@ -26,7 +36,7 @@ def train_mini(out: Path, vae_steps: int | None, unet_steps: int | None, picture
     \b
     Examples:
       nightshift train-mini
-      nightshift train-mini --out /tmp/try --vae-steps 300 --unet-steps 500 --pictures 1600
+      nightshift train-mini --out /tmp/try --vae-steps 300 --unet-steps 500 --tiny-decoder-steps 100 --pictures 1600
     """
     # Late, because torch takes seconds and `nightshift --help` must not wait for it.
     from sd_engine.training import mini
@@ -37,5 +47,7 @@ def train_mini(out: Path, vae_steps: int | None, unet_steps: int | None, picture
     recipe = mini.MiniRecipe()
     vae = replace(recipe.vae, steps=vae_steps or recipe.vae.steps)
     unet = replace(recipe.unet, steps=unet_steps or recipe.unet.steps, pictures=pictures or recipe.unet.pictures)
-    folder = mini.train_mini(out, replace(recipe, vae=vae, unet=unet), lambda line: click.echo(line, err=True))
+    tiny = replace(recipe.tiny_decoder, steps=tiny_decoder_steps or recipe.tiny_decoder.steps)
+    recipe = replace(recipe, vae=vae, unet=unet, tiny_decoder=tiny)
+    folder = mini.train_mini(out, recipe, lambda line: click.echo(line, err=True))
     click.echo(folder)

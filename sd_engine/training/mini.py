@@ -10,11 +10,13 @@ from typing import Final
 import torch
 
 from sd_engine.clip import ClipTextEncoder
-from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
+from sd_engine.config import ClipConfig, TinyDecoderConfig, UNetConfig, VaeConfig
+from sd_engine.folder_writer import write_tiny_decoder
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.training import captions, unet_training
 from sd_engine.training.export import export
+from sd_engine.training.tiny_decoder_training import TinyDecoderRecipe, train_tiny_decoder
 from sd_engine.training.unet_training import Latents, Trainee, UNetRecipe, encode_pictures, train_unet
 from sd_engine.training.vae_training import VaeRecipe, train_vae
 from sd_engine.unet import UNet
@@ -32,6 +34,8 @@ UNET: Final = UNetConfig(
     norm_groups=16,
     sample_size=12,
 )
+# A third of the VAE decoder's multiplications, without its norms and its attention.
+TINY_DECODER: Final = TinyDecoderConfig(channels=24, blocks=(2, 2, 1, 1))
 # Noisier at the end than Stable Diffusion's schedule: a 12 x 12 latent shows its mean colour through more noise than
 # a 64 x 64 one, and a model that never saw pure noise would guess the background from the noise it starts with.
 SCHEDULE: Final = NoiseSchedule(beta_end=0.03, prediction="v_prediction", spacing="trailing")
@@ -44,6 +48,7 @@ class MiniRecipe:
     vae: VaeRecipe = field(default_factory=VaeRecipe)
     text_steps: int = 500
     unet: UNetRecipe = field(default_factory=UNetRecipe)
+    tiny_decoder: TinyDecoderRecipe = field(default_factory=TinyDecoderRecipe)
 
 
 def text_config(vocab_size: int) -> ClipConfig:
@@ -71,7 +76,11 @@ def train_mini(folder: Path, recipe: MiniRecipe, say: Say) -> Path:
     unet_training.initialise(unet)
     trainee = Trainee(unet, text_encoder, SCHEDULE)
     train_unet(trainee, sets, scale, tokenizer.encode([""])[0], recipe.unet, folder)
-    export(model_folder, trainee.unet, trainee.text_encoder, _scaled(vae, scale), SCHEDULE)
+    vae = _scaled(vae, scale)
+    export(model_folder, trainee.unet, trainee.text_encoder, vae, SCHEDULE)
+    say("tiny decoder: learning to draw as the VAE does")
+    decoder = train_tiny_decoder(TINY_DECODER, vae, recipe.tiny_decoder, folder)
+    write_tiny_decoder(model_folder / "tiny_decoder", decoder)
     return model_folder
 
 

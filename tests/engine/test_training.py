@@ -26,6 +26,7 @@ SHORT = replace(
     text_steps=2,
     vae=replace(SHORT.vae, steps=2, batch=2),
     unet=replace(SHORT.unet, steps=2, batch=2, pictures=160),
+    tiny_decoder=replace(SHORT.tiny_decoder, steps=2, batch=2),
 )
 
 
@@ -41,8 +42,9 @@ def test_the_recipe_runs_resumes_and_leaves_a_model_that_draws(tmp_path: Path) -
     assert mini.train_mini(tmp_path, longer, lambda line: None) == folder
     assert lines(tmp_path / "unet.log.jsonl") == [2, 4]
     assert lines(tmp_path / "vae.log.jsonl") == [2]
-    picture = Engine(load_model(folder)).render([Request("a red star on a blue background", steps=2)])[0]
-    assert picture.shape == (96, 96, 3)
+    request = Request("a red star on a blue background", steps=2)
+    pictures = Engine(load_model(folder)).render([request, replace(request, decoder="tiny")])
+    assert [picture.shape for picture in pictures] == [(96, 96, 3)] * 2
 
 
 def test_the_command_says_what_it_trains_and_where_the_model_is(

@@ -65,6 +65,7 @@ _BASE = st.fixed_dictionaries(
         "clip_skip": st.integers(1, 12),
         "deepcache_interval": st.integers(1, 20),
         "token_merging_ratio": st.floats(0, 0.75),
+        "decoder": st.sampled_from(["vae", "tiny"]),
         "noise": st.sampled_from(["cpu", "cuda"]),
         "seed": st.none() | st.integers(0, MAX_SEED - 3),
         "images": st.integers(1, 4),

@@ -116,6 +116,7 @@ def test_submit_takes_every_field_of_a_spec(tmp_path: Path) -> None:
         "guidance_stop": 0.75,
         "deepcache_interval": 3,
         "token_merging_ratio": 0.5,
+        "decoder": "tiny",
         "clip_skip": 2,
         "noise": "cuda",
         "init_image": tmp_path / "init.png",

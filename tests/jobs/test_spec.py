@@ -86,6 +86,7 @@ def test_a_drawn_seed_leaves_room_for_every_image(spec: JobSpec, entropy: int) -
         ("guidance_stop", 1.1),
         ("deepcache_interval", 0),
         ("token_merging_ratio", 0.8),
+        ("decoder", "taesd"),
         ("eta", -0.1),
         ("clip_skip", 0),
         ("clip_skip", 13),

@@ -72,6 +72,7 @@ def test_the_parameters_chunk_has_the_widely_read_form() -> None:
         ({"guidance_start": 0.1, "guidance_stop": 0.7}, "RNG: CPU, Skip Early CFG: 0.1, CFG stop: 0.7"),
         ({"deepcache_interval": 3}, "RNG: CPU, DeepCache interval: 3"),
         ({"token_merging_ratio": 0.5}, "RNG: CPU, Token merging ratio: 0.5"),
+        ({"decoder": "tiny"}, "RNG: CPU, VAE Decoder: TAESD"),
         ({"init_image": KEY, "mask": KEY, "mask_blur": 4.0}, "Denoising strength: 0.75, RNG: CPU, Mask blur: 4"),
         (
             {"upscale": 2.0, "upscale_steps": 9},
