@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any, Final
 
 from sd_engine.errors import WeightsError
@@ -134,6 +134,12 @@ class TinyDecoderConfig:
         """Pixels per latent cell, along each side."""
         return int(2 ** (len(self.blocks) - 1))
 
+    @property
+    def reach(self) -> int:
+        """Latent cells around one that its pixels depend on, rounded up: each convolution sees one of its level's."""
+        of_level = (3 * blocks + 2 for blocks in self.blocks)  # with those before and after the blocks
+        return ceil(sum(convs / 2**level for level, convs in enumerate(of_level))) + 1
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TinyDecoderConfig:
         """Read the `config.json` of an AutoencoderTiny. Raises WeightsError for a feature that is not built."""
@@ -144,10 +150,11 @@ class TinyDecoderConfig:
         widths = config.get("decoder_block_out_channels", (published.channels,))
         blocks = config.get("num_decoder_blocks", published.blocks)
         fitting = isinstance(blocks, list | tuple) and all(type(n) is int and 0 < n <= _DEEPEST for n in blocks)
-        if not fitting or not isinstance(widths, list | tuple) or len(set(widths)) != 1 or len(blocks) > _MOST_LEVELS:
+        uniform = isinstance(widths, list | tuple) and len(set(widths)) == 1
+        if not fitting or not uniform or not 1 <= len(blocks) <= _MOST_LEVELS:
             raise WeightsError(
                 f"model configuration decoder_block_out_channels={widths!r}, num_decoder_blocks={blocks!r} is not "
-                f"supported: one width at all levels, at most {_MOST_LEVELS} levels of 1 to {_DEEPEST} blocks"
+                f"supported: one width at all levels, 1 to {_MOST_LEVELS} levels of 1 to {_DEEPEST} blocks"
             )
         return cls(config.get("latent_channels", published.latent_channels), widths[0], tuple(blocks))
 

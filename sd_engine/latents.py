@@ -63,10 +63,22 @@ def decode_latents(model: Model, latents_BCHW: Tensor, *, whole_pixels: int = WH
         return _in_range(decode, model.vae, latents_BCHW, model.dtype)
 
 
-def decode_tiny(model: Model, latents_BCHW: Tensor) -> Tensor:
-    """As `decode_latents`, by the model's tiny decoder: another picture, nearly the same."""
+def decode_tiny(model: Model, latents_BCHW: Tensor, *, whole_pixels: int = WHOLE_PIXELS) -> Tensor:
+    """As `decode_latents`, by the model's tiny decoder: another picture, nearly the same.
+
+    Pictures of more than whole_pixels go in strips. A pixel depends on latent cells near it alone, so strips that are
+    seen with so many more around give the same picture.
+    """
     assert model.tiny_decoder is not None, "a request for it is refused where there is none"
-    return model.tiny_decoder(latents_BCHW.to(model.dtype)).float().cpu()
+    factor, reach = model.factor, model.tiny_decoder.config.reach
+    height, width = latents_BCHW.shape[2:]
+    strip = max(1, whole_pixels // (width * factor**2))
+    strips = []
+    for top in range(0, height, strip):
+        first, last = max(0, top - reach), min(height, top + strip)
+        pixels_BCHW = model.tiny_decoder(latents_BCHW[:, :, first : last + reach].to(model.dtype))
+        strips.append(pixels_BCHW[:, :, (top - first) * factor : (last - first) * factor].float().cpu())
+    return torch.cat(strips, dim=2)
 
 
 def rounded(pixels_BCHW: Tensor) -> Tensor:

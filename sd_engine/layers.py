@@ -77,16 +77,13 @@ class Conv3x3(nn.Conv2d):
 def lay_out_weights(module: nn.Module) -> None:
     """Bring the weights of a CPU's plain convolutions into the layout of their maps, or each call does so anew.
 
-    Not the large ones for which Winograd's algorithm stands at nearly every size: those stay mapped from their file.
+    Not the large ones: together they are more than half of a model, and would no longer lie in the pages of its file;
+    in float32 Winograd's algorithm stands for them at nearly every size.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and not _is_hardly_called(layer):
+        large = isinstance(layer, Conv3x3) and layer.weight.numel() > _SMALL
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and not large:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def _is_hardly_called(layer: nn.Conv2d) -> bool:
-    fit = layer.weight.dtype == torch.float32 and min(layer.weight.shape[:2]) >= winograd.LEAST_CHANNELS
-    return isinstance(layer, Conv3x3) and not layer.sparing and fit and layer.weight.numel() > _SMALL
 
 
 def spare_memory(module: nn.Module, sparing: bool) -> None:

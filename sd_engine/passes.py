@@ -19,7 +19,7 @@ def first_row(id: int, request: Request, model_name: str, model: Model, *, urgen
     Raises InvalidRequest for what the model cannot lay out, draw or decode, of either pass.
     """
     if request.decoder == "tiny" and model.tiny_decoder is None:
-        remedy = "put a TAESD for its latents into its folder, as tiny_decoder/"
+        remedy = "leave it at vae, or put a TAESD into the model's folder or beside its file, as tiny_decoder/"
         raise InvalidRequest("decoder", request.decoder, f"vae, for {model_name} has no tiny decoder", remedy)
     size = request.size(*model.size)
     strength = None if request.init_image is None else request.strength

@@ -9,7 +9,6 @@ an error that lists the keys, and so is a number that is not finite.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -70,30 +69,35 @@ def load_model(
     choice = Choice(variant, ema, None if vae is None else Path(vae), configs, prediction, zero_snr)
     with opened_checkpoint(Path(path), choice) as checkpoint:
         words = _embeddings(checkpoint, embeddings)
-        model = filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words)
-    folder = _tiny_decoder_folder(Path(path)) if tiny_decoder is None else Path(tiny_decoder)
-    return model if folder is None else replace(model, tiny_decoder=load_tiny_decoder(folder, model))
+        decoder = _tiny_decoder(checkpoint, tiny_decoder, place)
+        model = filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words, decoder)
+    if place.device.type == "cpu":
+        for module in (*model.modules.values(), *([] if decoder is None else [decoder])):
+            lay_out_weights(module)
+    return model
 
 
-def _tiny_decoder_folder(path: Path) -> Path | None:
-    folder = (path if path.is_dir() else path.parent) / TINY_DECODER_FOLDER
-    return folder if folder.is_dir() else None
+def _tiny_decoder(checkpoint: Checkpoint, given: Path | str | None, place: Place) -> TinyDecoder | None:
+    """Of the folder that was given, which must be there; else of the model's own; else none."""
+    path = checkpoint.path
+    own = (path if path.is_dir() else path.parent) / TINY_DECODER_FOLDER
+    if given is None and not own.is_dir():
+        return None
+    return load_tiny_decoder(own if given is None else Path(given), checkpoint.configs.vae, place)
 
 
-def load_tiny_decoder(folder: Path, model: Model) -> TinyDecoder:
-    """The decoder of an AutoencoderTiny's folder, on the model's device; its encoder is left alone.
+def load_tiny_decoder(folder: Path, vae: VaeConfig, place: Place) -> TinyDecoder:
+    """The decoder of an AutoencoderTiny's folder, on the device; its encoder is left alone.
 
-    Raises WeightsError for one that is not whole, or not for latents of this model.
+    Raises WeightsError for one that is not whole, or not for latents of this VAE.
     """
-    config, vae = read_config(folder / "config.json", TinyDecoderConfig.from_dict), model.vae.config
+    config = read_config(folder / "config.json", TinyDecoderConfig.from_dict)
     _check_latents(folder, config, vae)
     with torch.device("meta"), Uninitialized():
         decoder = TinyDecoder(config)
     with opened(component_file(folder, "tiny_decoder")) as file:
         part = Part("tiny_decoder", file, {key: key for key in file.keys}, TINY_DECODER, "diffusers")
-        fill(decoder, part, model.device, model.dtype)
-    if model.device.type == "cpu":
-        lay_out_weights(decoder)
+        fill(decoder, part, place.device, place.dtype)
     return decoder.eval().requires_grad_(False)
 
 
@@ -101,8 +105,9 @@ def _check_latents(folder: Path, config: TinyDecoderConfig, vae: VaeConfig) -> N
     ours, theirs = (config.latent_channels, config.factor), (vae.latent_channels, vae.factor)
     if ours != theirs:
         raise WeightsError(
-            f"{folder} decodes latents of {ours[0]} channels at 1/{ours[1]} of the size, the model's have {theirs[0]} "
-            f"at 1/{theirs[1]}; take the tiny decoder of its family, or remove that folder"
+            f"{folder} decodes latents of {ours[0]} channels (latent_channels) at 1/{ours[1]} of the size "
+            f"(num_decoder_blocks), the model's have {theirs[0]} at 1/{theirs[1]}; take the tiny decoder of its family, "
+            "or remove that folder"
         )
 
 
@@ -115,22 +120,30 @@ def _embeddings(checkpoint: Checkpoint, given: Path | str | None) -> Mapping[str
 
 
 def filled_model(
-    checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddings: Mapping[str, Tensor] | None = None
+    checkpoint: Checkpoint,
+    tokenizer: Path,
+    place: Place,
+    embeddings: Mapping[str, Tensor] | None = None,
+    tiny_decoder: TinyDecoder | None = None,
 ) -> Model:
     """The model of an open checkpoint, ready to draw. Raises WeightsError for what does not fit."""
-    model = _empty_model(checkpoint, tokenizer, place, embeddings or {})
+    model = _empty_model(checkpoint, tokenizer, place, embeddings or {}, tiny_decoder)
     for part in checkpoint.parts:
         fill(model.modules[part.component], part, *place.at_rest(part.component))
     for module in model.modules.values():
         module.eval().requires_grad_(False)
         spare_memory(module, place.offload != "resident")
-        if place.device.type == "cpu":
-            lay_out_weights(module)
     pin(model.modules, model.device, model.offload)
     return model
 
 
-def _empty_model(checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddings: Mapping[str, Tensor]) -> Model:
+def _empty_model(
+    checkpoint: Checkpoint,
+    tokenizer: Path,
+    place: Place,
+    embeddings: Mapping[str, Tensor],
+    tiny_decoder: TinyDecoder | None,
+) -> Model:
     """The model with its modules on `meta`."""
     configs = checkpoint.configs
     words = Tokenizer.from_folder(tokenizer, max_tokens=configs.text.max_tokens)
@@ -143,7 +156,7 @@ def _empty_model(checkpoint: Checkpoint, tokenizer: Path, place: Place, embeddin
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
     return Model(
         checkpoint.name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload,
-        embeddings,
+        embeddings, tiny_decoder,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Below these the maps at both ends cost more than the multiplications that are saved (two cores with AVX2).
-LEAST_CHANNELS = 128
+_LEAST_CHANNELS = 128
 _LEAST_CELLS = 36
 # From so many channels on any map is worth it: the plain one takes two to seven times as long to read its weights.
 _WIDE, _LEAST_CELLS_WIDE = 512, 4
@@ -96,7 +96,7 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
         return None
     cells, channels = x_UCHW.shape[2] * x_UCHW.shape[3], min(weight_OC33.shape[:2])
-    if channels < LEAST_CHANNELS or cells < (_LEAST_CELLS_WIDE if channels >= _WIDE else _LEAST_CELLS):
+    if channels < _LEAST_CHANNELS or cells < (_LEAST_CELLS_WIDE if channels >= _WIDE else _LEAST_CELLS):
         return None
     return F4 if cells >= _LEAST_CELLS_F4 else F2
 

@@ -22,7 +22,7 @@ _BARE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # as the engine looks 
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _TOKENIZER = ("vocab.json", "merges.txt")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-#: Taken along where they are there.
+#: Taken along where both are there.
 _TINY_DECODER = ("tiny_decoder/config.json", "tiny_decoder/diffusion_pytorch_model.safetensors")
 _CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in COMPONENTS))
 
@@ -46,8 +46,9 @@ def folder_files(names: Collection[str], *, variant: str | None = None, tokenize
     Raises BadModel for weights or a tokenizer that are not there.
     """
     words = tokenizer_files(names, "tokenizer/") if tokenizer else []
+    tiny = _TINY_DECODER if set(_TINY_DECODER) <= set(names) else ()
     if _bare(names, "unet") is not None:
-        return {name: name for name in [*_all_bare(names), *words]}
+        return {name: name for name in [*_all_bare(names), *words, *tiny]}
     if any(name.startswith("text_encoder_2/") for name in names):
         raise BadModel(
             "there are two text encoders, as in SDXL; only models of the SD 1.x and 2.x families are supported"
@@ -57,8 +58,8 @@ def folder_files(names: Collection[str], *, variant: str | None = None, tokenize
         known = ", ".join(sorted(found or "the plain one" for found in variants)) or "none"
         raise BadModel(f"there are no weights of the variant {variant!r} (there is: {known}); choose another --variant")
     weights = [name for component in COMPONENTS for name in best_weights(names, component, variant)]
-    configs = [name for name in (*_CONFIGS, *_TINY_DECODER) if name in names]
-    return {name: name for name in (*configs, *words)} | {name: _plain(name) for name in weights}
+    configs = [name for name in _CONFIGS if name in names]
+    return {name: name for name in (*configs, *words, *tiny)} | {name: _plain(name) for name in weights}
 
 
 def _bare(names: Collection[str], component: str) -> str | None:

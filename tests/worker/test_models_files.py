@@ -29,6 +29,7 @@ def test_of_everything_in_a_repository_only_what_is_loaded_is_taken() -> None:
 def test_a_tiny_decoder_is_taken_along() -> None:
     tiny = {"tiny_decoder/config.json", "tiny_decoder/diffusion_pytorch_model.safetensors"}
     assert folder_files(FOLDER | PLAIN | tiny | {"tiny_decoder/run_me.py"}).keys() == FOLDER | PLAIN | tiny
+    assert folder_files(FOLDER | PLAIN | {"tiny_decoder/config.json"}).keys() == FOLDER | PLAIN
 
 
 def test_a_variant_is_taken_where_it_is_and_gets_the_plain_name() -> None:
