@@ -106,8 +106,8 @@ def _check_latents(folder: Path, config: TinyDecoderConfig, vae: VaeConfig) -> N
     if ours != theirs:
         raise WeightsError(
             f"{folder} decodes latents of {ours[0]} channels (latent_channels) at 1/{ours[1]} of the size "
-            f"(num_decoder_blocks), the model's have {theirs[0]} at 1/{theirs[1]}; take the tiny decoder of its family, "
-            "or remove that folder"
+            f"(num_decoder_blocks), the model's have {theirs[0]} at 1/{theirs[1]}; take the tiny decoder of its "
+            "family, or remove that folder"
         )
 
 
