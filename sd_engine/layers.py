@@ -77,12 +77,11 @@ class Conv3x3(nn.Conv2d):
 def lay_out_weights(module: nn.Module) -> None:
     """Bring the weights of a CPU's plain convolutions into the layout of their maps, or each call does so anew.
 
-    Not the large ones: together they are more than half of a model, and would no longer lie in the pages of its file;
-    in float32 Winograd's algorithm stands for them at nearly every size.
+    Not the large ones: together they are more than half of a model, loading would take longer, and they would no longer
+    lie in the pages of its file. In float32 Winograd's algorithm stands for nearly all of them.
     """
     for layer in module.modules():
-        large = isinstance(layer, Conv3x3) and layer.weight.numel() > _SMALL
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and not large:
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and layer.weight.numel() <= _SMALL:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
