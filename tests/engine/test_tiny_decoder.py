@@ -85,6 +85,39 @@ def test_strips_give_the_picture_that_it_makes_at_once(folder: Path, height: int
     assert torch.allclose(in_strips, at_once, rtol=0, atol=1e-5 * float(at_once.abs().max()))
 
 
+@pytest.mark.parametrize("offload", ["resident", "idle", "sequential"])
+def test_every_mode_of_offload_has_it(folder: Path, offload: str) -> None:
+    wanted = Engine(load_model(folder)).render([REQUEST])[0]
+    found = Engine(load_model(folder, offload=offload)).render([REQUEST])[0]
+    assert np.abs(wanted.astype(int) - found).max() <= 1  # a level: other convolutions round otherwise
+
+
+def test_deterministic_engines_give_its_picture_bit_by_bit_whatever_is_beside_it(folder: Path) -> None:
+    model = load_model(folder)
+    beside = [replace(REQUEST, seed=seed, steps=3) for seed in range(3)]
+    alone = Engine(model, deterministic=True).render([REQUEST])[0]
+    assert np.array_equal(Engine(model, deterministic=True).render([*beside, REQUEST])[-1], alone)
+
+
+def test_a_request_that_was_saved_goes_on_to_the_same_picture(folder: Path) -> None:
+    model, request = load_model(folder), replace(REQUEST, steps=4)
+    first, second = Engine(model), Engine(model)
+    id = first.add(request)
+    first.step()
+    id = second.add(request, first.save(id))
+    finished = [done for _ in range(3) for done in second.step()]
+    assert [done.id for done in finished] == [id] and finished[0].image is not None
+    assert np.array_equal(finished[0].image, Engine(model).render([request])[0])
+
+
+@torch.inference_mode()
+def test_in_half_precision_it_is_near_what_it_is_in_float32(folder: Path) -> None:
+    z_BCHW = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    exact, half = (decode_tiny(load_model(folder, dtype=dtype), z_BCHW) for dtype in ("fp32", "bf16"))
+    # bfloat16 keeps 8 bits, 0.4 %, and thirty layers add up some of them.
+    assert float((half - exact).abs().max() / exact.abs().max()) < 0.1
+
+
 def test_a_model_without_one_refuses_it_and_says_what_to_do(tiny_folder: Path) -> None:
     engine = Engine(load_model(tiny_folder))
     with pytest.raises(InvalidRequest, match=r"decoder.*'tiny'.*has no tiny decoder.*tiny_decoder/"):
