@@ -1,6 +1,6 @@
 """A realistic night of jobs that differ: packs that are made anew for every step, against static batches.
 
-    python -m benchmarks.mixed                       (four minutes on two cores)
+    python -m benchmarks.mixed                       (a quarter of an hour on two cores)
     python -m benchmarks.mixed --quick               (seconds; says nothing about speed)
     python -m benchmarks.mixed --call-ms 20 --row-ms 2 --measured-jobs 0
 
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a handful of jobs")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--measured-jobs", type=int, default=60, help="of the shipped model; 0: do not measure")
+    parser.add_argument("--measured-jobs", type=int, default=160, help="of the shipped model; 0: do not measure")
     parser.add_argument("--repeats", type=int, default=2, help="measured nights, each with jobs of its own")
     parser.add_argument("--jobs", type=int, default=600, help="of the modelled night")
     add_curve(parser)

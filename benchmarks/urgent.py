@@ -1,6 +1,6 @@
 """How long does somebody wait for a picture while the machine is full of bulk jobs?
 
-    python -m benchmarks.urgent                      (three minutes on two cores)
+    python -m benchmarks.urgent                      (nine minutes on two cores)
     python -m benchmarks.urgent --quick              (seconds; says nothing about speed)
     python -m benchmarks.urgent --call-ms 20 --row-ms 2 --measured 0
 
@@ -15,8 +15,10 @@ same job on an idle engine, in turn with it:
 - static, of equal jobs: the same where a batch is of equal jobs.
 
 Each is done twice: measured (the shipped model on this machine) and modelled (Stable Diffusion's sizes, by a clock on
-which a U-Net call lasts what `--call-ms` and `--row-ms` say; see `benchmarks.mixed`). The goal: the 95th percentile is
-at most 1.5 x the median on an idle machine. Prints a table, writes `benchmarks/results/urgent.json` and a plot.
+which a U-Net call lasts what `--call-ms` and `--row-ms` say; see `benchmarks.mixed`). Then through whole services, from
+submit to stored picture, beside a worker that is full of bulk jobs (`benchmarks.urgent_worker`). The goal: the 95th
+percentile is at most 1.5 x the median on an idle machine. Prints tables, writes `benchmarks/results/urgent.json` and a
+plot.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from benchmarks.nights import (
 )
 from benchmarks.report import RESULTS, write
 from benchmarks.static_batches import StaticPacker, anything, equal
+from benchmarks.urgent_worker import URGENT, through_workers
 from sd_engine import Engine, Request, load_model, shipped_model
 from sd_engine.packer import Packer
 
@@ -71,12 +74,7 @@ class Way:
     gap: float
 
 
-URGENT, PLAIN, SLOWEST, EQUAL = (
-    "ours, urgent",
-    "ours, not urgent",
-    "static, first of the next batch",
-    "static, of equal jobs",
-)
+PLAIN, SLOWEST, EQUAL = "ours, not urgent", "static, first of the next batch", "static, of equal jobs"
 WAYS: Mapping[str, Way] = {
     URGENT: Way(MeteredPacker, True, 4.0),
     PLAIN: Way(MeteredPacker, False, 4.0),
@@ -202,35 +200,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--measured", type=int, default=24, help="samples with the shipped model; 0: do not measure")
     parser.add_argument("--samples", type=int, default=300, help="of the modelled clock")
+    parser.add_argument("--service", type=int, default=20, help="samples of each whole service; 0: do not measure them")
     add_curve(parser)
     parser.add_argument("--device", default="cpu", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
     parser.add_argument("--out", type=Path, default=RESULTS / "urgent.json")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.samples, args.measured = min(args.samples, 10), min(args.measured, 1)
-    curve = Curve.of(args)
-    clock = ModelClock()
+        args.samples, args.measured, args.service = min(args.samples, 10), min(args.measured, 1), 0
+    result: dict[str, Any] = {"seed": args.seed, "steps": STEPS, "backlog": BACKLOG, "curve": asdict(Curve.of(args))}
+    bars: dict[str, float] = {}
+    for name, title, seconds in parts(args):
+        found = figures(seconds)
+        show(title, found)
+        result[name] = {"latencies": found, "goals": as_json([goal(found)])}
+        bars |= {f"{way} ({name})": line["p95_x_idle"] for way, line in found.items() if way != "idle"}
+        write(args.out, result, device=args.device)  # after each: a later one may find no server
+        plots.bars(args.out.with_suffix(".png"), "Waiting for a picture, bulk run beside it", "p95, x idle", bars)
+    return 0
+
+
+def parts(args: argparse.Namespace) -> Iterator[tuple[str, str, Mapping[str, Sequence[float]]]]:
+    """Name, title and latencies: by the modelled clock, measured here, and through whole services on the CPU."""
+    curve, clock = Curve.of(args), ModelClock()
     machine = Machine(lambda: modelled_engine(clock, curve, MODEL_UNITS), clock, MODEL_UNITS, SIZES)
-    model_found = figures(latencies(machine, args.seed, dict.fromkeys(WAYS, args.samples)))
-    show(f"modelled: {args.call_ms:g} ms a call + {args.row_ms:g} ms a U-Net row of 64 x 64", model_found)
-    result: dict[str, Any] = {
-        "modelled": {"curve": asdict(curve), "latencies": model_found, "goals": as_json([goal(model_found)])}
-    }
-    bars = {f"{way} (modelled)": line["p95_x_idle"] for way, line in model_found.items()}
+    title = f"modelled: {args.call_ms:g} ms a call + {args.row_ms:g} ms a U-Net row of 64 x 64"
+    yield "modelled", title, latencies(machine, args.seed, dict.fromkeys(WAYS, args.samples))
     if args.measured:
         model = load_model(shipped_model(), args.device, args.dtype)
         machine = Machine(lambda: Engine(model, max_units=MINI_UNITS), WallClock(), MINI_UNITS, MINI_SIZES)
         few = max(1, args.measured // 4)  # they take long, and are far away from the others
         samples = {URGENT: args.measured, PLAIN: few, SLOWEST: few, EQUAL: few}
-        found = figures(latencies(machine, args.seed, samples))
-        show(f"measured: the shipped model, {args.dtype}", found)
-        result["measured"] = {"latencies": found, "goals": as_json([goal(found)])}
-        bars |= {f"{way} (measured)": line["p95_x_idle"] for way, line in found.items()}
-    about = {"seed": args.seed, "steps": STEPS, "backlog": BACKLOG}
-    write(args.out, {**about, **result}, device=args.device)
-    plots.bars(args.out.with_suffix(".png"), "Waiting for a picture, bulk run beside it", "p95, x idle", bars)
-    return 0
+        yield "measured", f"measured: the shipped model, {args.dtype}", latencies(machine, args.seed, samples)
+    if args.service and args.device == "cpu":
+        for lane, seconds in through_workers(args.service, args.seed).items():
+            yield lane, f"through a worker that is full, {lane}, fp32", seconds
 
 
 if __name__ == "__main__":

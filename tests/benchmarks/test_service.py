@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.service import Run, account, goals, jobs_of
+from benchmarks.service import account, goals
+from benchmarks.service_ways import Run, jobs_of
 from jobs.spec import read_spec
 from sd_engine import Request
 
@@ -29,7 +30,8 @@ def test_a_round_is_compared_with_the_round_beside_it() -> None:
     assert told["production"]["servers_cpu_ms_per_job"] == 10.0
     assert told["production"]["worker_cpu_besides_engine_ms_per_job"] == 10.0
     assert told["production"]["first_claim_ms"] == 100.0
-    embedded, production = goals({"1_threads": told})
+    assert told["engine_ms_per_job"] == 120.0
+    embedded, production = goals({"96 x 96, engine with 1 threads": told})
     assert embedded.passed
     assert not production.passed
     assert "30.0 ms a job are lost" in production.why

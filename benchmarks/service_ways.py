@@ -1,0 +1,154 @@
+"""The ways of `benchmarks.service`: the engine alone, and whole services with a worker; both are told the same jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scale_fleet import cpu_s, family_cpu_s
+from jobs import Client, Settings, State
+from tests import servers
+from tests.faults import lanes
+from tests.integration.processes import ROOT, has_line, process, wait_until
+
+LANES = lanes.LANES
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("star", "circle", "square", "triangle")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Jobs from the first to the last. Seconds: of the clock, of CPU in the drawing process and in the servers, and
+    until the first claim."""
+
+    wall_s: float
+    own_cpu_s: float
+    servers_cpu_s: float = 0.0
+    first_claim_s: float = 0.0
+
+
+def jobs_of(count: int, steps: int, side: int, seed: int) -> list[dict[str, Any]]:
+    """So many different jobs, as both sides take them.
+
+    Their steps differ by up to a half either way, as those of a night do: else all would be stored in one moment, while
+    the engine has nothing to draw.
+    """
+    return [
+        {
+            "prompt": f"a {COLOURS[i % 4]} {SHAPES[i // 4 % 4]} on a {COLOURS[(i + 1) % 4]} background",
+            "seed": seed + i,
+            "steps": steps - steps // 2 + 7919 * i % (steps // 2 * 2 + 1),
+            "width": side,
+            "height": side,
+        }
+        for i in range(count)
+    ]
+
+
+class Alone:
+    """The engine in a process of its own."""
+
+    def __init__(self, threads: int, stack: ExitStack) -> None:
+        command = [sys.executable, "-m", "benchmarks.service_engine"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        self._process = stack.enter_context(
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
+        )
+        stack.callback(self._process.kill)
+        self._tell(str(threads))
+        assert self._hear() == "ready"
+
+    def draw(self, jobs: Sequence[Mapping[str, Any]]) -> Run:
+        """All of them at once: the packer chooses."""
+        self._tell(json.dumps(jobs))
+        return Run(*json.loads(self._hear()))
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+class Service:
+    """A worker on one lane, and a producer."""
+
+    def __init__(self, lane: str, settings: Settings, threads: int, held: int, stack: ExitStack) -> None:
+        log = settings.home.parent / f"{lane}-{threads}.log"
+        command = ["-m", "worker", "--no-supervisor", "--device", "cpu", "--threads", str(threads)]
+        command += ["--concurrency", str(held)]
+        self._worker = stack.enter_context(process(command, settings, log))
+        self.client = stack.enter_context(Client(settings))
+        self.log = log
+        self._batches = 0
+        wait_until(has_line(log, " ready:"), "a ready worker", log)
+
+    def stop(self) -> None:
+        """End the worker, whatever it holds."""
+        self._worker.kill()
+        self._worker.wait()
+
+    def draw(self, jobs: Sequence[Mapping[str, Any]]) -> Run:
+        """From the submit until the last one is shown, on the database's clock."""
+        own, beside = cpu_s(self._worker.pid), _servers_cpu_s()
+        self._batches += 1
+        batch = self.client.batch(f"run {self._batches}")
+        self.client.submit_many(jobs, batch=batch.name)
+        while batch.counts()[State.succeeded] < len(jobs):
+            assert not batch.counts()[State.failed]
+            time.sleep(0.25)
+        used = cpu_s(self._worker.pid) - own, _servers_cpu_s() - beside
+        views = batch.jobs()
+        began = min(view.created_at for view in views)
+        ended = max(view.finished_at for view in views if view.finished_at)
+        claimed = min(view.started_at for view in views if view.started_at)
+        return Run((ended - began).total_seconds(), *used, (claimed - began).total_seconds())
+
+
+def _servers_cpu_s() -> float:
+    """Of our children that are servers: PostgreSQL's processes, Redis, rclone."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    names = {int(child): Path(f"/proc/{child}/comm").read_text().strip() for child in children}
+    return sum(
+        family_cpu_s(pid) if name == "postgres" else cpu_s(pid)
+        for pid, name in names.items()
+        if name in ("postgres", "redis-server", "rclone")
+    )
+
+
+class Bench:
+    """Both lanes and the engine alone, for each number of threads."""
+
+    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int], held: int) -> None:
+        self._folder, self._stack, self._held = folder, stack, held
+        self._file = lanes.migrated_file(folder)
+        self._postgres = stack.enter_context(servers.postgres_server())
+        self._database = lanes.migrated_database(self._postgres)
+        s3 = stack.enter_context(servers.rclone_s3())
+        lanes.make_bucket(s3)
+        os.environ.update(s3.environment)
+        self.ways = {number: self._ways(number) for number in threads}
+
+    def _ways(self, threads: int) -> dict[str, Alone | Service]:
+        made: dict[str, Alone | Service] = {"engine alone": Alone(threads, self._stack)}
+        for lane in LANES:
+            folder = self._folder / f"{lane}-{threads}"
+            folder.mkdir()
+            made[lane] = Service(lane, self._settings(lane, folder), threads, self._held, self._stack)
+        return made
+
+    def _settings(self, lane: str, folder: Path) -> Settings:
+        if lane == "embedded":
+            return lanes.embedded(folder, self._file)
+        redis = self._stack.enter_context(servers.redis_server())  # one each, so that no worker hears another's bells
+        return self._stack.enter_context(lanes.production(folder, self._postgres, self._database, redis))

@@ -1,0 +1,64 @@
+"""The urgent job of `benchmarks.urgent` through a whole service: from its submit to the moment its picture is stored.
+
+A worker whose every slot is taken by bulk jobs hears no bell: it finds an urgent job by a look at the database
+(`worker/lookout.py`), so here the latency has that wait, the claim, the PNG and the upload in it, on both sides of the
+ratio but for the look.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.service_ways import LANES, Bench, Service, jobs_of
+from jobs import State
+from jobs.fields import URGENT_PRIORITY
+from tests.integration.processes import wait_until
+
+HELD = 16
+SIDE = (
+    192  # of the shipped model: two to three seconds a picture on two cores, as a graphics card takes for a large one
+)
+STEPS = 20
+BULK = "bulk"
+URGENT = "ours, urgent"
+
+
+def through_workers(samples: int, seed: int) -> dict[str, dict[str, list[float]]]:
+    """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker."""
+    with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
+        bench = Bench(Path(folder), stack, [os.cpu_count() or 1], HELD)
+        found = {}
+        for ways in bench.ways.values():
+            for lane in LANES:
+                service = ways[lane]
+                assert isinstance(service, Service)
+                found[lane] = latencies(service, samples, random.Random(seed))
+                service.stop()
+        return found
+
+
+def latencies(service: Service, samples: int, rng: random.Random) -> dict[str, list[float]]:
+    """Of one worker: first idle, then full."""
+    service.draw([wanted(rng)])  # warm
+    idle = [service.draw([wanted(rng)]).wall_s for _ in range(samples)]
+    bulk = service.client.batch(BULK)
+    service.client.submit_many(jobs_of(HELD * (2 * samples + 2), STEPS, SIDE, 0), batch=BULK)
+    wait_until(lambda: bulk.counts()[State.running] == HELD, "a full worker", service.log)
+    full = []
+    for _ in range(samples):
+        time.sleep(rng.uniform(0.0, idle[0]))  # a random moment of the bulk run
+        full.append(service.draw([wanted(rng)]).wall_s)
+    assert bulk.counts()[State.queued] > 0, "the bulk run ended too soon"
+    return {"idle": idle, URGENT: full}
+
+
+def wanted(rng: random.Random) -> Mapping[str, Any]:
+    """The job that somebody waits for."""
+    return {**jobs_of(1, STEPS, SIDE, rng.randrange(2**32))[0], "steps": STEPS, "priority": URGENT_PRIORITY}
