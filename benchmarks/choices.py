@@ -251,7 +251,7 @@ def at_random(build: Callable[[], Module]) -> Module:
     module = module.to_empty(device="cpu").requires_grad_(False).eval()
     for parameter in module.parameters():
         parameter.normal_(std=0.02)
-    lay_out_weights(module)
+    lay_out_weights(module, torch.float32)
     return module
 
 

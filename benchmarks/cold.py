@@ -43,7 +43,7 @@ from benchmarks.cold_process import Answer, Told
 from benchmarks.goals import Goal, as_json, at_least, at_most, spread
 from benchmarks.report import RESULTS, write
 from sd_engine import shipped_model
-from sd_engine.filling import is_finite
+from sd_engine.finite import is_finite
 
 FASTER = 2.0
 PEAK = 1.15

@@ -2,12 +2,15 @@
 
     python -m benchmarks.unet                                   float32, 64 x 64 latents, 1 and 2 rows: some 8 minutes
     python -m benchmarks.unet --compiled --rows 2               with torch.compile, which takes many minutes by itself
-    python -m benchmarks.unet --rows 1 2 4 8 --dtype bf16       on a machine that multiplies bfloat16 by itself
+    python -m benchmarks.unet --rows 1 2 4 8                    larger calls too
+    python -m benchmarks.unet --dtype bf16 --rows 1             minutes where the CPU multiplies no bfloat16 by itself
     python -m benchmarks.unet --peers ours eager --repeats 5
 
 SD 1.5's size, random weights, the same for all. The peers take turns, so that what else the machine does meets all of
-them; medians and their spread are told. Prints a table and writes `benchmarks/results/unet.json` and a plot.
-Every prediction is compared with the reference's: a fast wrong one would be told with exit code 1.
+them; medians and their spread are told. Prints a table and writes `benchmarks/results/unet.json` (of bfloat16
+`unet_bf16.json`) and a plot. The ceiling is that of the dtype that ours computes in: on a CPU without units for
+bfloat16 that is float32. Every prediction is compared with the reference's: a fast wrong one would be told with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from benchmarks.goals import Goal, as_json, at_least, spread
 from benchmarks.plots import bars
 from benchmarks.report import RESULTS, write
 from benchmarks.unet_peers import FULL, QUICK, Forward, Inputs, Peers
-from sd_engine.devices import DTYPES
+from sd_engine.devices import DTYPES, working_dtype
 
 # Of one row at 64 x 64 latents, multiplications and additions counted one by one (the sum over the layers).
 TFLOP_PER_ROW = 0.803
@@ -136,14 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compiled", action="store_true", help="the compiled ones too, where --peers names none")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a tiny U-Net: seconds, and figures that mean nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS / "unet.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/unet.json, of bf16 unet_bf16.json")
     args = parser.parse_args(arguments)
     args.peers = args.peers or [name for name in Peers.names if args.compiled or "compiled" not in name]
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     diffusers.utils.logging.set_verbosity_error()
+    args.out = args.out or RESULTS / ("unet.json" if args.dtype == "fp32" else f"unet_{args.dtype}.json")
     dtype, config = DTYPES[args.dtype], QUICK if args.quick else FULL
-    tops = ceiling(dtype, args.quick)
-    print(f"ceiling: matmul {tops['matmul']:.3f}, convolution {tops['convolution']:.3f} TFLOP/s")
+    works_in = _named(working_dtype(dtype, torch.device("cpu")))
+    tops = ceiling(DTYPES[works_in], args.quick)
+    print(f"ceiling ({works_in}): matmul {tops['matmul']:.3f}, convolution {tops['convolution']:.3f} TFLOP/s")
     peers, lines = Peers(config, dtype), []
     for rows in args.rows:
         inputs = Inputs.of(rows, config["sample_size"], config["cross_attention_dim"], dtype)
@@ -152,6 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines += found
     peers.close()
     return _report(args, lines, dtype, tops)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return next(name for name, named in DTYPES.items() if named == dtype)
 
 
 def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.dtype, tops: dict[str, float]) -> int:
@@ -165,6 +174,7 @@ def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.
     bars(args.out.with_suffix(".png"), f"U-Net of SD 1.5, {args.dtype}, {most} rows", "seconds a row", shown)
     result = {
         "dtype": args.dtype,
+        "ours computes in": _named(working_dtype(dtype, torch.device("cpu"))),
         "threads": torch.get_num_threads(),
         "ceiling TFLOP/s": tops,
         "share of the matmul ceiling, by the plain sum": rate / tops["matmul"],

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from sd_engine import winograd
 from sd_engine.config import UNetConfig
+from sd_engine.devices import working_dtype
 from sd_engine.keymaps import DIFFUSERS_UNET
+from sd_engine.layers import lay_out_weights
 from sd_engine.unet import UNet
 from tests.engine.reference import pour
 
@@ -64,18 +66,19 @@ class Peers:
         self._config, self._dtype = config, dtype
         self.reference = _reference(config, dtype)
         self.ours = _ours(config, self.reference)
+        self._works_in = working_dtype(dtype, torch.device("cpu"))
+        lay_out_weights(self.ours, self._works_in)
         self._files = ExitStack()
 
     def make(self, name: str, inputs: Inputs) -> Forward | None:
         """The peer, compiled for these inputs where it is compiled; None where what it needs is not installed."""
         reference, ours = self.reference, self.ours
         if name == "ours":
-            return lambda x, t, text: ours(x, t, text)
+            return self._given(ours)
         if name == "ours, plain convolutions":
-            return _plainly(ours)
+            return self._given(_plainly(ours))
         if name == "ours compiled":
-            compiled_ours: Forward = _compiled(ours)
-            return compiled_ours
+            return self._given(_compiled(ours))
         if name == "eager":
             return _eager(reference)
         if name == "channels-last":
@@ -84,6 +87,10 @@ class Peers:
             compiled = _compiled(reference)
             return lambda x, t, text: compiled(x, t, text, return_dict=False)[0]
         return self._openvino(inputs)
+
+    def _given(self, forward: Forward) -> Forward:
+        """What the runner gives our U-Net: activations in the dtype that it works in."""
+        return lambda x, t, text: forward(x.to(self._works_in), t, text.to(self._works_in))
 
     def _openvino(self, inputs: Inputs) -> Forward | None:
         if importlib.util.find_spec("openvino") is None:

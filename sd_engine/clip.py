@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import ClipConfig
+from sd_engine.layers import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -30,10 +31,10 @@ class CausalAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -53,8 +54,8 @@ class ClipLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.self_attn = CausalAttention(config.width, config.heads)
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.fc1 = nn.Linear(config.width, config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc1 = Linear(config.width, config.mlp_width)
+        self.fc2 = Linear(config.mlp_width, config.width)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class ClipTextEncoder(nn.Module):
 
         clip_skip: which layer is taken, counted from the last (1); the final norm follows whichever it is.
         """
-        x_BTD = words_BTD + self.position_embedding.weight[: words_BTD.shape[1]]
+        dtype = self.final_layer_norm.weight.dtype  # of activations: large weights may rest in a narrower one
+        x_BTD = words_BTD.to(dtype) + self.position_embedding.weight[: words_BTD.shape[1]].to(dtype)
         for layer in self.layers[: len(self.layers) + 1 - clip_skip]:
             x_BTD = layer(x_BTD)
         return self.final_layer_norm(x_BTD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from sd_engine.errors import InvalidDevice
 
 DEVICES = "auto, cpu, mps, cuda or cuda:N"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_X86 = ("x86_64", "AMD64")
 _PREFERRED = ("cuda", "mps", "cpu")
 
 
@@ -39,11 +41,13 @@ def pick_device(name: str | torch.device = "auto", here: Sequence[str] | None = 
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations; latents, step updates, guidance and noise are float32 whatever it is.
+    """The dtype of weights and, but for `working_dtype`, of activations.
 
-    `auto` is fp16 on CUDA, where it is fast and halves the memory. On CPUs it is fp32: half precision is slower there,
-    and the reference pictures were compared in fp32. On Apple's GPUs it is fp32 too: this engine was never run on one,
-    and a picture that overflows in fp16 comes out black, while a slow one is right.
+    Latents, step updates, guidance and noise are float32 whatever it is.
+
+    `auto` is fp16 on CUDA, where it is fast and halves the memory. On CPUs it is fp32: most of them compute in that,
+    whatever the weights are. On Apple's GPUs it is fp32 too: this engine was never run on one, and a picture that
+    overflows in fp16 comes out black, while a slow one is right.
     Raises InvalidDevice for any other name or dtype.
     """
     if name == "auto":
@@ -52,6 +56,30 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype is None or dtype not in DTYPES.values():
         raise InvalidDevice("dtype", name, "auto, " + ", ".join(DTYPES))
     return dtype
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of activations where weights rest in `dtype`: float32 on a CPU without units for that one.
+
+    Such a CPU computes half precision step by step, eight times as slow as float32 (matrix products and convolutions,
+    AVX2); to widen the weights of a layer at each call costs a few hundredths of a step.
+    """
+    return torch.float32 if device.type == "cpu" and not computes(dtype) else dtype
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices of this dtype by itself, and PyTorch lets it."""
+    if dtype == torch.float32:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    # oneDNN's own answer is yes for all of x86 with AVX-512: without units for it, it widens and narrows at each sum.
+    units = (
+        platform.machine() not in _X86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return units and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:

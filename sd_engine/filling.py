@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sd_engine.errors import WeightsError
+from sd_engine.finite import holds, is_finite, refusal
 from sd_engine.keymaps import KeyMap, Place
 from sd_engine.offload import Component
 from sd_engine.tensorfile import TensorFile, listed
@@ -26,6 +26,11 @@ class Part:
     names: Mapping[str, str]
     keymap: KeyMap
     naming: str
+
+    @property
+    def wanted(self) -> list[str]:
+        """The keys whose tensors have a place in the component; a few buffers have none."""
+        return [key for key, name in self.names.items() if self.keymap.places(name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,8 @@ _INITIALIZERS = frozenset({"uniform_", "normal_", "fill_", "zero_", "kaiming_uni
 def fill(module: nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> None:
     """Assign the tensors of `part` to `module`, converted. One that needs no conversion stays mapped from its file.
 
-    Raises WeightsError that lists what is missing, unexpected, doubled or of another shape, or not finite.
+    Raises WeightsError that lists what is missing, unexpected, doubled or of another shape; or of what is converted and
+    not finite. What needs no conversion is `looked_at` by who calls this.
     """
     sources = matched(module, part)
     # In the order of the file: it is then read from front to end.
@@ -117,24 +123,11 @@ def _poured(
     part: Part, ours: str, source: Source, module: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     read = part.file.tensor(source.key)
-    piece = read.chunk(source.place.parts)[source.place.part]
+    piece = read if source.place.parts == 1 else read.chunk(source.place.parts)[source.place.part]
     tensor = piece.reshape(module.get_parameter(ours).shape).to(device, dtype).contiguous()
-    if not is_finite(tensor):
-        raise WeightsError(f"{part.file.path}: {not_finite(source.key, read, dtype)}")
+    # Before widening there are fewer bytes to look at; narrowing may lose what is too large.
+    if read.dtype != dtype and not is_finite(piece if holds(dtype, read.dtype) else tensor):
+        raise refusal(part.file, source.key, dtype)
     if tensor.untyped_storage().data_ptr() != read.untyped_storage().data_ptr():
         part.file.forget(source.key, read)
     return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite. By the extremes: they carry NaN along, and need no memory."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.half()  # PyTorch finds no extremes of float8; all of its numbers are float16's too
-    return all(math.isfinite(extreme) for extreme in tensor.aminmax()) if tensor.numel() else True
-
-
-def not_finite(key: str, read: Tensor, dtype: torch.dtype) -> str:
-    """Why a tensor is not finite, in words: the file's fault, or that of a dtype with a smaller range."""
-    if is_finite(read):
-        return f"{key} has numbers too large for {dtype}; load the model in float32 or bfloat16"
-    return f"{key} has numbers that are not finite (NaN or infinity), the file is damaged; download it again"

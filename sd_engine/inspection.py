@@ -15,7 +15,8 @@ from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.errors import WeightsError
 from sd_engine.families import kind
-from sd_engine.filling import Part, is_finite, matched
+from sd_engine.filling import Part, matched
+from sd_engine.finite import is_finite
 from sd_engine.keymaps_ldm import EMA_PREFIX
 from sd_engine.layouts import SUFFIXES, opened
 from sd_engine.namings import COMPONENT_FILE, WORDS, recognised, stranger
@@ -116,12 +117,11 @@ def _misfits(checkpoint: Checkpoint) -> list[str]:
 def _not_finite(part: Part) -> Iterator[str]:
     """At most one sentence for a component: a damaged file has many damaged tensors."""
     damaged = []
-    for key in part.names:
-        if part.keymap.places(part.names[key]):
-            tensor = part.file.tensor(key)
-            if not is_finite(tensor):
-                damaged.append(key)
-            part.file.forget(key, tensor)
+    for key in part.wanted:
+        tensor = part.file.tensor(key)
+        if not is_finite(tensor):
+            damaged.append(key)
+        part.file.forget(key, tensor)
     if damaged:
         yield (
             f"{part.file.path} is damaged, these have numbers that are not finite (NaN or infinity): "

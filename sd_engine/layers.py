@@ -7,7 +7,8 @@ D width of a token, E width of the time embedding, G attention heads, K width of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from sd_engine import winograd
 
 KeysValues = tuple[Tensor, Tensor]
 
-# Weights that may lie in memory in another layout than in their file, at no cost that anybody would notice.
+# Numbers of a weight that may lie in memory in another layout than in its file, at no cost that anybody would notice;
+# and of one that may be wider there. In SD 1.5 the latter are a sixtieth of all weights, in small models nearly all.
 _SMALL = 2**20
+_SMALLEST = 2**18
 
 
 def timestep_embedding(t_B: Tensor, width: int) -> Tensor:
@@ -42,11 +45,31 @@ def laid_out(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.contiguous(memory_format=torch.channels_last) if x_BCHW.device.type == "cpu" else x_BCHW
 
 
-class Conv3x3(nn.Conv2d):
+class Linear(nn.Linear):
+    """A matrix product in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width in] -> [..., width out]."""
+        return self.at(x.dtype)(x)
+
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The product for several calls in a row, so that weights are widened once; without the hooks of a call."""
+        return partial(F.linear, weight=self.weight.to(dtype), bias=self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, channels in, H, W] -> [B, channels out, ...]."""
+        return self._conv_forward(x_BCHW, self.weight.to(x_BCHW.dtype), self.bias)
+
+
+class Conv3x3(Conv2d):
     """A 3 x 3 convolution with a rim of zeros; by Winograd's algorithm where that is faster, and equal up to rounding.
 
-    The filters of that algorithm are made at the first call and kept beside the weights, at up to four times their
-    memory. sparing: never make them.
+    The filters of that algorithm are made at the first call and kept beside the weights, at up to four times the memory
+    that these take in float32. sparing: never make them.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -74,12 +97,15 @@ class Conv3x3(nn.Conv2d):
         return kept[1]
 
 
-def lay_out_weights(module: nn.Module) -> None:
-    """Bring the weights of a CPU's plain convolutions into the layout of their maps, or each call does so anew.
+def lay_out_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring small weights into the dtype that a CPU computes in, and plain convolutions' into the layout of their maps.
 
-    Not the large ones: together they are more than half of a model, loading would take longer, and they would no longer
-    lie in the pages of its file. In float32 Winograd's algorithm stands for nearly all of them.
+    Else each call does so anew, as it does for the large ones: these are nearly all of a model, loading would take
+    longer, and they would no longer lie in the pages of its file. Winograd's algorithm stands for most of them.
     """
+    for parameter in module.parameters():
+        if parameter.ndim < 2 or parameter.numel() <= _SMALLEST:
+            parameter.data = parameter.data.to(dtype)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1) and layer.weight.numel() <= _SMALL:
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
@@ -92,7 +118,7 @@ def spare_memory(module: nn.Module, sparing: bool) -> None:
             layer.sparing = sparing
 
 
-class Pointwise(nn.Conv2d):
+class Pointwise(Conv2d):
     """A 1 x 1 convolution, as the matrix product that it is: in the channels-last layout nothing is copied for it."""
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -100,7 +126,8 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
-        return F.linear(x_BCHW.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight_OC = self.weight.flatten(1).to(x_BCHW.dtype)
+        return F.linear(x_BCHW.permute(0, 2, 3, 1), weight_OC, self.bias).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -110,7 +137,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels_in, eps=eps)
         self.conv1 = Conv3x3(channels_in, channels_out)
-        self.time_emb_proj = nn.Linear(time_width, channels_out) if time_width else None
+        self.time_emb_proj = Linear(time_width, channels_out) if time_width else None
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=eps)
         self.conv2 = Conv3x3(channels_out, channels_out)
         self.conv_shortcut = Pointwise(channels_in, channels_out) if channels_in != channels_out else None
@@ -137,10 +164,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, *, heads: int, context_width: int | None = None, qkv_bias: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_width or width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_width or width, width, bias=qkv_bias)
-        self.to_out = nn.Linear(width, width)
+        self.to_q = Linear(width, width, bias=qkv_bias)
+        self.to_k = Linear(context_width or width, width, bias=qkv_bias)
+        self.to_v = Linear(context_width or width, width, bias=qkv_bias)
+        self.to_out = Linear(width, width)
 
     def forward(self, x_BND: Tensor, context_BTD: Tensor | None = None) -> Tensor:
         """[B, N, D] (and [B, T, context_width]) -> [B, N, D]."""
@@ -171,7 +198,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, *, pad_all_sides: bool):
         super().__init__()
         self.pad_all_sides = pad_all_sides
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, ceil(H / 2) or H // 2, likewise W]."""

@@ -64,8 +64,9 @@ SD1 = Configs()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """The parts of a loaded model, on one device in one dtype, in evaluation mode.
+    """The parts of a loaded model, on one device, in evaluation mode.
 
+    dtype: of activations, and of the weights unless these rest in a narrower one (`devices.working_dtype`).
     offload: which parts wait on the CPU while nobody works with them; raises InvalidDevice for an unknown mode.
     embeddings: vectors [n, text width] by the word of a prompt that stands for them (`prompts.embeddings`).
     tiny_decoder: for requests that choose it; it is small, and stays on the device.

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from sd_engine.devices import pick_device, pick_dtype
+from sd_engine.devices import pick_device, pick_dtype, working_dtype
 from sd_engine.errors import InvalidDevice
 
 Component = Literal["text_encoder", "unet", "vae", "tiny_decoder"]
@@ -32,7 +32,7 @@ _WAITING: Mapping[Offload, tuple[Component, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The device and the dtype that a model computes in, and its mode of offload."""
+    """The device that a model computes on, the dtype that its weights rest in, and its mode of offload."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,6 +43,11 @@ class Place:
         """From names. Raises InvalidDevice for what does not exist, and for a device that is not here."""
         picked = pick_device(device)
         return cls(picked, pick_dtype(dtype, picked), check_offload(offload))
+
+    @property
+    def works_in(self) -> torch.dtype:
+        """The dtype of activations."""
+        return working_dtype(self.dtype, self.device)
 
     def at_rest(self, component: Component) -> tuple[torch.device, torch.dtype]:
         """Where and in which dtype a component's weights are while nobody works with them: there they are loaded."""

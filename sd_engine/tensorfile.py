@@ -63,6 +63,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, path: Path, handle: Any) -> None:
         self.path = path
         self._handle = handle
+        self._mapped: dict[str, Tensor] = {}
         self.keys = tuple(handle.keys())
         self.hints = handle.metadata() or {}
 
@@ -78,9 +79,10 @@ class SafetensorsFile(TensorFile):
         return _DTYPES[name]
 
     def tensor(self, key: str) -> Tensor:
-        """The tensor, mapped."""
-        tensor: Tensor = self._handle.get_tensor(key)
-        return tensor
+        """The tensor, mapped: by the library once, which takes longer than all else that is done with a small one."""
+        if key not in self._mapped:
+            self._mapped[key] = self._handle.get_tensor(key)
+        return self._mapped[key]
 
 
 @contextmanager

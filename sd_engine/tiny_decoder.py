@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import TinyDecoderConfig
-from sd_engine.layers import laid_out
+from sd_engine.layers import Conv2d, laid_out
 
 # Latents beyond are pressed together softly: far outliers would leave spots.
 _MAGNITUDE: Final = 3.0
@@ -25,7 +25,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        convs = [Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ class TinyDecoder(nn.Module):
     def __init__(self, config: TinyDecoderConfig):
         super().__init__()
         self.config, channels = config, config.channels
-        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, channels, 3, padding=1), nn.ReLU()]
+        layers: list[nn.Module] = [Conv2d(config.latent_channels, channels, 3, padding=1), nn.ReLU()]
         for level, blocks in enumerate(config.blocks):
             layers += [TinyBlock(channels) for _ in range(blocks)]
             if level < len(config.blocks) - 1:
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
+                layers += [nn.Upsample(scale_factor=2), Conv2d(channels, channels, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers, Conv2d(channels, 3, 3, padding=1))
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """[B, latent channels, H / factor, W / factor] -> [B, 3, H, W]."""

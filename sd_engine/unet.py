@@ -8,13 +8,25 @@ the diffusers layout but for the renames in `keymaps.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
-from sd_engine.layers import Attention, Downsample, Pointwise, ResBlock, Upsample, laid_out, timestep_embedding
+from sd_engine.layers import (
+    Attention,
+    Conv2d,
+    Downsample,
+    Linear,
+    Pointwise,
+    ResBlock,
+    Upsample,
+    laid_out,
+    timestep_embedding,
+)
 from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext
@@ -31,20 +43,22 @@ class GeGlu(nn.Module):
 
     def __init__(self, width: int, expansion: int = 4):
         super().__init__()
-        self.proj_in = nn.Linear(width, 2 * expansion * width)
-        self.proj_out = nn.Linear(expansion * width, width)
+        self.proj_in = Linear(width, 2 * expansion * width)
+        self.proj_out = Linear(expansion * width, width)
 
     def forward(self, x_UND: Tensor) -> Tensor:
         """[U, N, D] -> [U, N, D]."""
         if x_UND.device.type != "cpu" or x_UND.shape[1] < _TOKENS_AT_ONCE or torch.is_grad_enabled():
-            return self._gated(x_UND)
+            return _gated(x_UND, self.proj_in, self.proj_out)
+        into, out = self.proj_in.at(x_UND.dtype), self.proj_out.at(x_UND.dtype)
         # A row by itself: which of its tokens go together must not depend on its neighbours.
-        parts = [self._gated(part_ND) for x_ND in x_UND for part_ND in x_ND.split(_TOKENS_AT_ONCE)]
+        parts = [_gated(part_ND, into, out) for x_ND in x_UND for part_ND in x_ND.split(_TOKENS_AT_ONCE)]
         return torch.cat(parts).view_as(x_UND)
 
-    def _gated(self, x_ND: Tensor) -> Tensor:
-        value_NF, gate_NF = self.proj_in(x_ND).chunk(2, dim=-1)
-        return self.proj_out(value_NF * F.gelu(gate_NF))
+
+def _gated(x_ND: Tensor, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> Tensor:
+    value_NF, gate_NF = into(x_ND).chunk(2, dim=-1)
+    return out(value_NF * F.gelu(gate_NF))
 
 
 class TransformerBlock(nn.Module):
@@ -79,9 +93,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = config.linear_projection
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=_TRANSFORMER_EPS)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else Pointwise(channels, channels)
+        self.proj_in = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
         self.block = TransformerBlock(channels, heads, config.context_width)
-        self.proj_out = nn.Linear(channels, channels) if self.linear else Pointwise(channels, channels)
+        self.proj_out = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
 
     def forward(self, x_UCHW: Tensor, context: Texts) -> Tensor:
         """[U, C, H, W], the texts of its rows -> [U, C, H, W]."""
@@ -190,12 +204,12 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.linear_1 = nn.Linear(width, 4 * width)
-        self.linear_2 = nn.Linear(4 * width, 4 * width)
+        self.linear_1 = Linear(width, 4 * width)
+        self.linear_2 = Linear(4 * width, 4 * width)
 
-    def forward(self, t_U: Tensor) -> Tensor:
-        """[U] -> [U, E], with E four times the width of the first level."""
-        sinusoids = timestep_embedding(t_U, self.width).to(self.linear_1.weight.dtype)
+    def forward(self, t_U: Tensor, dtype: torch.dtype) -> Tensor:
+        """[U] -> [U, E] in that dtype, with E four times the width of the first level."""
+        sinusoids = timestep_embedding(t_U, self.width).to(dtype)
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 
@@ -206,13 +220,13 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         levels = range(len(config.channels))
-        self.conv_in = nn.Conv2d(config.in_channels, config.channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, config.channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(config.channels[0])
         self.down_blocks = nn.ModuleList(DownLevel(level, config) for level in levels)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpLevel(level, config) for level in reversed(levels))
         self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=_RESNET_EPS)
-        self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
         for i, block in enumerate(self.blocks):
             block.index = i
 
@@ -249,7 +263,7 @@ class UNet(nn.Module):
         deep_UCHW: those of an earlier step. Then nothing before that block but `conv_in` is computed: the shallowest
         of the branches of DeepCache (Ma et al. 2023, arXiv 2312.00858).
         """
-        emb_UE, x_UCHW = self.time_embedding(t_U), self.conv_in(laid_out(x_UCHW))
+        emb_UE, x_UCHW = self.time_embedding(t_U, x_UCHW.dtype), self.conv_in(laid_out(x_UCHW))
         if deep_UCHW is None:
             deep_UCHW = self._deep(x_UCHW, emb_UE, context)
         last = self.up_blocks[-1]

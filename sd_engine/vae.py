@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.config import VaeConfig
-from sd_engine.layers import Attention, Downsample, ResBlock, Upsample, laid_out
+from sd_engine.layers import Attention, Conv2d, Downsample, ResBlock, Upsample, laid_out
 
 _EPS = 1e-6  # every GroupNorm of the VAE; PyTorch's default 1e-5 would give other pictures
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -78,14 +78,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VaeConfig):
         super().__init__()
         channels, groups = config.channels, config.norm_groups
-        self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.image_channels, channels[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
             resample = Downsample(width, pad_all_sides=False) if i < len(channels) - 1 else None
             self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks_per_level, groups, resample))
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 2 * latent channels, H / factor, W / factor]."""
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VaeConfig):
         super().__init__()
         channels, groups = config.channels[::-1], config.norm_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             # One block more than on the way in, as in Stable Diffusion.
             self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks_per_level + 1, groups, resample))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config.image_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """[B, latent channels, H / factor, W / factor] -> [B, 3, H, W]."""
@@ -138,8 +138,8 @@ class Vae(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, x_BCHW: Tensor, through: Way | None = None) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the unscaled latents."""

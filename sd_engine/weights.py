@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_engine.checkpoint import Checkpoint, Choice, opened_checkpoint, read_config
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.config import TinyDecoderConfig, VaeConfig
 from sd_engine.errors import WeightsError
 from sd_engine.filling import Part, Uninitialized, fill
+from sd_engine.finite import looked_at
 from sd_engine.keymaps import TINY_DECODER
 from sd_engine.layers import lay_out_weights, spare_memory
 from sd_engine.layouts import component_file, opened
@@ -60,7 +61,7 @@ def load_model(
     prediction: "epsilon", "v_prediction" or "sample"; none given: the folder's, or the rule of `families.py`.
     zero_snr: whether the noise schedule ends in pure noise; none given: what the model says.
     embeddings: a folder of textual inversion files; none given: `embeddings/` in the model's folder or beside it.
-    tiny_decoder: a folder with diffusers' AutoencoderTiny (TAESD), for requests that choose it; none given:
+    tiny_decoder: a folder with diffusers' AutoencoderTiny (TAESD), or with it as `tiny_decoder/`; none given:
     `tiny_decoder/` in the model's folder or beside the single file, if it is there.
     Raises InvalidDevice for a device, dtype or mode of offload that does not exist or is not here, and WeightsError:
     what is missing, unreadable, unsupported or does not fit, in which file, and what to do.
@@ -69,21 +70,21 @@ def load_model(
     choice = Choice(variant, ema, None if vae is None else Path(vae), configs, prediction, zero_snr)
     with opened_checkpoint(Path(path), choice) as checkpoint:
         words = _embeddings(checkpoint, embeddings)
-        decoder = _tiny_decoder(checkpoint, tiny_decoder, place)
-        model = filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words, decoder)
-    if place.device.type == "cpu":
-        for module in (*model.modules.values(), *([] if decoder is None else [decoder])):
-            lay_out_weights(module)
-    return model
+        decoder = own_tiny_decoder(checkpoint, tiny_decoder, place)
+        return filled_model(checkpoint, tokenizer_folder(checkpoint, tokenizer), place, words, decoder)
 
 
-def _tiny_decoder(checkpoint: Checkpoint, given: Path | str | None, place: Place) -> TinyDecoder | None:
-    """Of the folder that was given, which must be there; else of the model's own; else none."""
-    path = checkpoint.path
-    own = (path if path.is_dir() else path.parent) / TINY_DECODER_FOLDER
-    if given is None and not own.is_dir():
+def own_tiny_decoder(checkpoint: Checkpoint, given: Path | str | None, place: Place) -> TinyDecoder | None:
+    """Of the folder that was given, which must be there; else of the model's own; else none.
+
+    Raises WeightsError as `load_tiny_decoder` does.
+    """
+    home = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    folder = home if given is None else Path(given)
+    inside = folder / TINY_DECODER_FOLDER
+    if given is None and not inside.is_dir():
         return None
-    return load_tiny_decoder(own if given is None else Path(given), checkpoint.configs.vae, place)
+    return load_tiny_decoder(inside if inside.is_dir() else folder, checkpoint.configs.vae, place)
 
 
 def load_tiny_decoder(folder: Path, vae: VaeConfig, place: Place) -> TinyDecoder:
@@ -97,8 +98,10 @@ def load_tiny_decoder(folder: Path, vae: VaeConfig, place: Place) -> TinyDecoder
         decoder = TinyDecoder(config)
     with opened(component_file(folder, "tiny_decoder")) as file:
         part = Part("tiny_decoder", file, {key: key for key in file.keys}, TINY_DECODER, "diffusers")
-        fill(decoder, part, place.device, place.dtype)
-    return decoder.eval().requires_grad_(False)
+        with looked_at([(file, part.wanted)], place.dtype):
+            fill(decoder, part, place.device, place.dtype)
+            _make_ready(decoder, place)
+    return decoder
 
 
 def _check_latents(folder: Path, config: TinyDecoderConfig, vae: VaeConfig) -> None:
@@ -127,14 +130,22 @@ def filled_model(
     tiny_decoder: TinyDecoder | None = None,
 ) -> Model:
     """The model of an open checkpoint, ready to draw. Raises WeightsError for what does not fit."""
-    model = _empty_model(checkpoint, tokenizer, place, embeddings or {}, tiny_decoder)
-    for part in checkpoint.parts:
-        fill(model.modules[part.component], part, *place.at_rest(part.component))
-    for module in model.modules.values():
-        module.eval().requires_grad_(False)
-        spare_memory(module, place.offload != "resident")
+    with looked_at([(part.file, part.wanted) for part in checkpoint.parts], place.dtype):
+        model = _empty_model(checkpoint, tokenizer, place, embeddings or {}, tiny_decoder)
+        for part in checkpoint.parts:
+            fill(model.modules[part.component], part, *place.at_rest(part.component))
+        for module in model.modules.values():
+            _make_ready(module, place)
+            spare_memory(module, place.offload != "resident")
     pin(model.modules, model.device, model.offload)
     return model
+
+
+def _make_ready(module: nn.Module, place: Place) -> None:
+    """Freeze a filled module; on a CPU its small weights become what it computes with."""
+    module.eval().requires_grad_(False)
+    if place.device.type == "cpu":
+        lay_out_weights(module, place.works_in)
 
 
 def _empty_model(
@@ -155,7 +166,7 @@ def _empty_model(
     with torch.device("meta"), Uninitialized():
         text_encoder, unet, vae = ClipTextEncoder(configs.text), UNet(configs.unet), Vae(configs.vae)
     return Model(
-        checkpoint.name, words, text_encoder, unet, vae, configs.schedule, place.device, place.dtype, place.offload,
+        checkpoint.name, words, text_encoder, unet, vae, configs.schedule, place.device, place.works_in, place.offload,
         embeddings, tiny_decoder,
     )  # fmt: skip
 

@@ -112,7 +112,7 @@ class Filters:
     def of(cls, weight_OC33: Tensor, form: Form) -> Filters:
         """Made in float64: it is done once, and its rounding would be in every picture."""
         channels_out, channels_in = weight_OC33.shape[:2]
-        filters_ACO = weight_OC33.new_empty(form.inputs**2, channels_in, channels_out)
+        filters_ACO = weight_OC33.new_empty(form.inputs**2, channels_in, channels_out, dtype=torch.float32)
         some = max(1, _PART // channels_out)
         for part_OC33, made_ACO in zip(weight_OC33.split(some, 1), filters_ACO.split(some, 1), strict=True):
             taps_9P = part_OC33.permute(2, 3, 1, 0).reshape(9, -1).double()

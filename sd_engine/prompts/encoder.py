@@ -89,7 +89,7 @@ def encode(model: Model, chunks: Sequence[Chunk], clip_skip: int = 1) -> Tensor:
 
 
 def _encoded(model: Model, chunk: Chunk, clip_skip: int) -> Tensor:
-    words_1TD = model.text_encoder.token_embedding(torch.tensor([chunk.ids], device=model.device))
+    words_1TD = model.text_encoder.token_embedding(torch.tensor([chunk.ids], device=model.device)).to(model.dtype)
     for position, vectors in chunk.learned:
         words_1TD[:, position : position + len(vectors)] = vectors
     text_TD = model.text_encoder.encode(words_1TD, clip_skip)[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sd_engine.errors import InvalidArgument, InvalidDevice, WeightsError
 from sd_engine.filling import Part, fill
+from sd_engine.finite import looked_at
 from sd_engine.keymaps import KeyMap
 from sd_engine.layouts import opened
 from sd_engine.model import Model
@@ -312,6 +313,7 @@ def test_a_file_that_is_converted_does_not_stay_in_memory_beside_what_it_became(
         # of it would be there if nothing were given back.
         assert resident(path) < size / 8
         assert all(parameter.dtype == torch.float16 for parameter in layers.parameters())
-        fill(layers, part, torch.device("cpu"), torch.float32)
+        with looked_at([(file, part.wanted)], torch.float32):
+            fill(layers, part, torch.device("cpu"), torch.float32)
         assert resident(path) > size * 7 / 8, "unconverted tensors are the file's own pages"
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in layers.named_parameters())

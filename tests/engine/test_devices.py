@@ -21,10 +21,18 @@ from sd_engine import Engine, Model, Request, load_model
 from sd_engine.devices import devices_here, pick_device, pick_dtype
 from sd_engine.errors import InvalidDevice
 from sd_engine.model import Configs
+from tests.engine.half import cpu_with_units
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 APPLE, TWO_CARDS = ("cpu", "mps"), ("cpu", "cuda:0", "cuda:1")
 HALVES = ("fp16", "bf16")
+
+
+@pytest.fixture(autouse=True)
+def with_units() -> Iterator[None]:
+    """Half precision is half precision here, as on a GPU."""
+    with cpu_with_units():
+        yield
 
 
 @pytest.mark.parametrize(

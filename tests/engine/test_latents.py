@@ -19,6 +19,7 @@ from sd_engine.latents import DECODE_BATCH, DECODE_CELLS, decode_batches, decode
 from sd_engine.row import Lane, Row
 from sd_engine.samplers import step_table
 from sd_engine.schedules import NoiseSchedule
+from tests.engine.half import cpu_with_units
 from tests.engine.reference import difference
 
 # Tiles add in another order than whole pictures: see test_vae_tiles.
@@ -39,7 +40,8 @@ def model(tiny_folder: Path) -> Model:
 @pytest.fixture
 def half_model(tiny_folder: Path) -> Model:
     """In float16, whose end is 65504; numbers of one give at most `reach` in the first layers of the two ways."""
-    model = load_model(tiny_folder, dtype="fp16")
+    with cpu_with_units():
+        model = load_model(tiny_folder, dtype="fp16")
     for conv, reach in ((model.vae.decoder.conv_in, 2e3), (model.vae.encoder.conv_in, 2e5)):
         conv.weight.mul_(reach / conv.weight.float().abs().sum(dim=(1, 2, 3)).max())
     return model

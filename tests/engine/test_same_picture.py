@@ -19,6 +19,7 @@ from sd_engine.context import Context, PackContext, join
 from sd_engine.engine import DETERMINISTIC_UNET_ROWS
 from sd_engine.noise import NoiseSource
 from sd_engine.unet import UNet
+from tests.engine.half import cpu_with_units
 from tests.engine.test_packing import ONE_LEVEL, POOL, VISITS, Pixels, Visit, ticks
 
 # bfloat16 keeps 8 bits of a number: a picture's own rounding in it is about 3 levels of 256, and another order of
@@ -47,7 +48,8 @@ class Alone:
 
 @pytest.fixture(scope="module", params=POOLS, ids=str)
 def model(tiny_folder: Path, request: pytest.FixtureRequest) -> Model:
-    return load_model(tiny_folder, dtype=request.param)
+    with cpu_with_units():
+        return load_model(tiny_folder, dtype=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from sd_engine.config import ClipConfig, UNetConfig, VaeConfig
 from sd_engine.errors import WeightsError
 from sd_engine.model import Configs, Model, shipped_model
 from sd_engine.weights import load_model
+from tests.engine.half import cpu_with_units
 from tests.engine.models import TEXT, UNET, VAE, configs_of, differing, original_tensors
 from tests.tiny_model import make_tiny_model
 
@@ -85,7 +86,8 @@ def test_linear_projections_load(tmp_path: Path) -> None:
 
 
 def test_weights_are_converted_to_the_dtype_that_is_asked_for(tiny_folder: Path, model: Model) -> None:
-    half = load_model(str(tiny_folder), "cpu", torch.bfloat16)
+    with cpu_with_units():
+        half = load_model(str(tiny_folder), "cpu", torch.bfloat16)
     assert {p.dtype for p in half.unet.parameters()} == {half.dtype} == {torch.bfloat16}
     assert torch.equal(half.unet.conv_in.weight, model.unet.conv_in.weight.bfloat16())
 

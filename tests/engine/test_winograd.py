@@ -100,9 +100,9 @@ def test_plain_convolutions_have_their_weights_in_the_layout_of_their_maps(tiny_
 
 
 def test_large_weights_stay_in_the_pages_of_their_file() -> None:
-    large = Conv3x3(1024, 512)
+    large = Conv3x3(1024, 512).bfloat16()
     before = large.weight.data_ptr()
-    lay_out_weights(nn.Sequential(large))
+    lay_out_weights(nn.Sequential(large), torch.float32)
     assert large.weight.data_ptr() == before
 
 

@@ -10,6 +10,7 @@ from sd_engine import Engine
 from sd_engine.devices import DTYPES as ENGINE_DTYPES
 from sd_engine.devices import devices_here
 from sd_engine.offload import OFFLOADS as ENGINE_OFFLOADS
+from tests.engine.half import cpu_with_units
 from worker.cli import DTYPES, OFFLOADS
 from worker.workshop import TorchOptions, gpu_names, open_workshop
 
@@ -27,7 +28,8 @@ def test_the_command_offers_what_the_engine_has() -> None:
 
 
 def test_the_engine_gets_the_dtype_the_offload_and_the_fixed_packs_that_were_asked_for() -> None:
-    engine = _engine(TorchOptions("cpu", dtype="bf16", offload="idle", deterministic=True))
+    with cpu_with_units():
+        engine = _engine(TorchOptions("cpu", dtype="bf16", offload="idle", deterministic=True))
     (model,) = engine.models.values()
     assert (model.dtype, model.offload) == (torch.bfloat16, "idle")
     assert next(model.unet.parameters()).dtype == torch.bfloat16
