@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from sd_engine.checkpoint import Choice, opened_checkpoint
 from sd_engine.errors import WeightsError
 from sd_engine.filling import Part
-from sd_engine.folder_writer import write_folder
+from sd_engine.folder_writer import write_folder, write_tiny_decoder
 from sd_engine.model import Configs
 from sd_engine.offload import Place
-from sd_engine.weights import filled_model, tokenizer_folder
+from sd_engine.weights import TINY_DECODER_FOLDER, filled_model, own_tiny_decoder, tokenizer_folder
 
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -34,8 +34,9 @@ def convert(
     vae: Path | str | None = None,
     prediction: str | None = None,
     zero_snr: bool | None = None,
+    tiny_decoder: Path | str | None = None,
 ) -> Path:
-    """Write the model at `source` to the folder `target`, its tokenizer with it, and return the folder.
+    """Write the model at `source` to the folder `target`, with tokenizer and tiny decoder, and return the folder.
 
     dtype: of the weights there; none given: that of the U-Net in `source`. The others are `load_model`'s. The folder
     appears when it is whole. Raises WeightsError for what `load_model` refuses, and for a target that is there already
@@ -48,12 +49,15 @@ def convert(
     with opened_checkpoint(source, choice) as checkpoint:
         found, words = checkpoint.configs, tokenizer_folder(checkpoint, tokenizer)
         place = Place.pick("cpu", dtype or _stored_dtype(checkpoint.unet), "resident")
-        model = filled_model(checkpoint, words, place)
+        decoder = own_tiny_decoder(checkpoint, tiny_decoder, place)
+        model = filled_model(checkpoint, words, place, tiny_decoder=decoder)
     unfinished = target.absolute().with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        write_folder(unfinished, found, model.modules, model.dtype)
+        write_folder(unfinished, found, model.modules, place.dtype)
         copy_tokenizer(words, unfinished / "tokenizer")
+        if decoder is not None:
+            write_tiny_decoder(unfinished / TINY_DECODER_FOLDER, decoder, place.dtype)
         unfinished.replace(target)  # an empty folder gives way
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{target} cannot be written ({error}); make room there, or choose another place") from error

@@ -16,6 +16,8 @@ from jobs.errors import NightshiftError
 MANIFEST = "nightshift.json"
 _FORM = 1  # of the manifest
 _CHUNK = 1 << 20
+#: The fields of a `Source` that are paths. The model's own comes last: the others may lie in it.
+PATHS = ("tokenizer", "vae", "embeddings", "tiny_decoder", "path")
 
 #: Told how many bytes more were read, and how many there are in all.
 Progress = Callable[[int, int], None]
@@ -37,6 +39,7 @@ class Source:
     tokenizer: Path | None = None
     vae: Path | None = None
     embeddings: Path | None = None
+    tiny_decoder: Path | None = None
     variant: str | None = None
     ema: bool = False
     prediction: str | None = None
@@ -128,7 +131,7 @@ def read_entry(folder: Path) -> Entry:
         if manifest["form"] != _FORM:
             raise ValueError(f"its form is {manifest['form']!r}, known is {_FORM}")
         source = {name: value for name, value in manifest["source"].items() if value is not None}
-        places = {name: folder / source[name] for name in ("path", "tokenizer", "vae", "embeddings") if name in source}
+        places = {name: folder / source[name] for name in PATHS if name in source}
         files = {folder / path: File(**file) for path, file in manifest["files"].items()}
         return Entry(folder.name, folder, Source(**(source | places)), str(manifest["origin"]), files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,18 +12,19 @@ from pathlib import Path
 
 from jobs.errors import NightshiftError
 
+#: The folder of a model's TAESD, which no model must have.
+TINY_DECODER = "tiny_decoder"
 #: Component of a diffusers folder -> stems of its weights: as safetensors, as a pickle.
 COMPONENTS = {
     "text_encoder": ("model", "pytorch_model"),
     "unet": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
     "vae": ("diffusion_pytorch_model", "diffusion_pytorch_model"),
 }
+_STEMS = {**COMPONENTS, TINY_DECODER: ("diffusion_pytorch_model", "diffusion_pytorch_model")}
 _BARE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # as the engine looks for `unet.safetensors` and so on
 _CHECKPOINTS = (".safetensors", ".ckpt")
 _TOKENIZER = ("vocab.json", "merges.txt")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
-#: Taken along where both are there.
-_TINY_DECODER = ("tiny_decoder/config.json", "tiny_decoder/diffusion_pytorch_model.safetensors")
 _CONFIGS = ("model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in COMPONENTS))
 
 
@@ -46,7 +47,7 @@ def folder_files(names: Collection[str], *, variant: str | None = None, tokenize
     Raises BadModel for weights or a tokenizer that are not there.
     """
     words = tokenizer_files(names, "tokenizer/") if tokenizer else []
-    tiny = _TINY_DECODER if set(_TINY_DECODER) <= set(names) else ()
+    tiny = tiny_decoder_files(names)
     if _bare(names, "unet") is not None:
         return {name: name for name in [*_all_bare(names), *words, *tiny]}
     if any(name.startswith("text_encoder_2/") for name in names):
@@ -74,13 +75,21 @@ def _all_bare(names: Collection[str]) -> list[str]:
     return [name for name in found.values() if name is not None]
 
 
+def tiny_decoder_files(names: Collection[str]) -> list[str]:
+    """Of the tiny decoder's folder; none where it is not there whole."""
+    config = f"{TINY_DECODER}/config.json"
+    if config not in names or not _weights(names, TINY_DECODER):
+        return []
+    return [config, *best_weights(names, TINY_DECODER)]
+
+
 _SHARD = r"-\d{5}-of-\d{5}"
 
 
 def _weights(names: Iterable[str], component: str) -> dict[tuple[str | None, str], list[str]]:
     """(variant, `safetensors` or `bin`) -> the files with it: one, or shards and their index."""
     found: dict[tuple[str | None, str], list[str]] = {}
-    for kind, stem in zip(("safetensors", "bin"), COMPONENTS[component], strict=True):
+    for kind, stem in zip(("safetensors", "bin"), _STEMS[component], strict=True):
         # The variant stands before or after: both orders are in use.
         weights = rf"{stem}(?:\.(\w+))?(?:{_SHARD})?(?:\.(\w+))?\.{kind}"
         index = rf"{stem}(?:\.(\w+))?\.{kind}\.index(?:\.(\w+))?\.json"
@@ -102,7 +111,7 @@ def best_weights(names: Iterable[str], component: str, variant: str | None = Non
                 return whole[:1]
             if files:
                 return files
-    raise BadModel(f"{component}/ has no weights; a diffusers folder has {COMPONENTS[component][0]}.safetensors there")
+    raise BadModel(f"{component}/ has no weights; a diffusers folder has {_STEMS[component][0]}.safetensors there")
 
 
 def _is_sharded(name: str) -> bool:

@@ -10,9 +10,25 @@ from functools import partial
 from pathlib import Path
 
 from worker.model_entry import Entry, File, Progress, Source, sha256, told_of, write_manifest
-from worker.model_files import BadModel, best_weights, folder_files, is_folder_model, names_in, tokenizer_files
+from worker.model_files import (
+    TINY_DECODER,
+    BadModel,
+    best_weights,
+    folder_files,
+    is_folder_model,
+    names_in,
+    tokenizer_files,
+)
 
 _EMBEDDINGS = (".pt", ".bin", ".safetensors")  # as the engine reads them; whatever lies beside them is not taken
+
+
+def with_tiny_decoder(source: Source) -> Source:
+    """With that beside a single file, where the engine finds it, unless another is given."""
+    beside = source.path.parent / TINY_DECODER
+    if source.tiny_decoder is not None or source.path.is_dir() or not beside.is_dir():
+        return source
+    return replace(source, tiny_decoder=beside)
 
 
 def put_together(folder: Path, source: Source, origin: str, link: bool, progress: Progress) -> Entry:
@@ -21,7 +37,10 @@ def put_together(folder: Path, source: Source, origin: str, link: bool, progress
     if source.tokenizer is not None:
         placed = replace(placed, tokenizer=_place_tokenizer(source.tokenizer, folder / "tokenizer"))
     if source.vae is not None:
-        placed = replace(placed, vae=_place_vae(source.vae, folder / "extras"))
+        placed = replace(placed, vae=_place_component("vae", source.vae, folder / "extras"))
+    if source.tiny_decoder is not None:
+        given = _place_component(TINY_DECODER, source.tiny_decoder, folder / "extras")
+        placed = replace(placed, tiny_decoder=given)
     if source.embeddings is not None:
         placed = replace(placed, embeddings=_place_embeddings(source.embeddings, folder / "embeddings"))
     elif not link and (source.path / "embeddings").is_dir():
@@ -65,15 +84,15 @@ def _place_tokenizer(tokenizer: Path, target: Path) -> Path:
     return target
 
 
-def _place_vae(vae: Path, folder: Path) -> Path:
-    """A file, or the `vae` of a diffusers folder."""
-    if not vae.is_dir():
-        return _place(vae, folder / vae.name)
-    inside = vae / "vae" if (vae / "vae").is_dir() else vae
-    names = {f"vae/{name}" for name in names_in(inside)}
-    for name in ("vae/config.json", *best_weights(names, "vae")):
-        _place(inside / name.removeprefix("vae/"), folder / name)
-    return folder / "vae"
+def _place_component(component: str, given: Path, folder: Path) -> Path:
+    """A file, or a component's folder, or that of a whole diffusers folder."""
+    if not given.is_dir():
+        return _place(given, folder / given.name)
+    inside = given / component if (given / component).is_dir() else given
+    names = {f"{component}/{name}" for name in names_in(inside)}
+    for name in (f"{component}/config.json", *best_weights(names, component)):
+        _place(inside / name.removeprefix(f"{component}/"), folder / name)
+    return folder / component
 
 
 def _place_embeddings(embeddings: Path, folder: Path) -> Path:

@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from worker.model_entry import Source, reason
-from worker.model_files import BadModel, checkpoint_file, folder_files, is_folder_model, names_in, tokenizer_files
+from worker.model_files import (
+    TINY_DECODER,
+    BadModel,
+    checkpoint_file,
+    folder_files,
+    is_folder_model,
+    names_in,
+    tiny_decoder_files,
+    tokenizer_files,
+)
 from worker.model_hub import Hub, PullError, Remote, arrived
 from worker.model_shelf import PULLING, Shelf
 
@@ -74,7 +83,9 @@ def pulled_model(
             yield Source(folder, variant=variant), fetched.commit
         else:
             words = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-            yield Source(folder / (file or checkpoint_file(names)), words if tokenizer else None), fetched.commit
+            tiny = folder / TINY_DECODER if (folder / TINY_DECODER).is_dir() else None
+            path = folder / (file or checkpoint_file(names))
+            yield Source(path, words if tokenizer else None, tiny_decoder=tiny), fetched.commit
 
 
 def model_files(names: Collection[str], *, variant: str | None, file: str | None, tokenizer: bool) -> list[str]:
@@ -85,7 +96,7 @@ def model_files(names: Collection[str], *, variant: str | None, file: str | None
     if file is None and is_folder_model(names):
         return list(folder_files(names, variant=variant, tokenizer=tokenizer))
     checkpoint = checkpoint_file(names, file)
-    return [checkpoint, *(tokenizer_of(names) if tokenizer else [])]
+    return [checkpoint, *(tokenizer_of(names) if tokenizer else []), *tiny_decoder_files(names)]
 
 
 def tokenizer_of(names: Collection[str]) -> list[str]:

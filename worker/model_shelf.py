@@ -20,9 +20,9 @@ from pathlib import Path
 
 from jobs.fields import MODEL_NAME
 from jobs.settings import SHIPPED, Settings
-from worker.model_entry import MANIFEST, Entry, Progress, ShelfError, Source, read_entry, reason, unseen
+from worker.model_entry import MANIFEST, PATHS, Entry, Progress, ShelfError, Source, read_entry, reason, unseen
 from worker.model_files import BadModel
-from worker.model_placing import put_together
+from worker.model_placing import put_together, with_tiny_decoder
 
 PULLING = "pulling-"  # begins the name of the workplace of a pull
 _ADDING, _REMOVING = "adding-", "removing-"
@@ -78,6 +78,7 @@ class Shelf:
         Raises ShelfError for a name that is taken or not allowed, and when the files cannot be put there; BadModel.
         """
         self.check_name(name)
+        source = with_tiny_decoder(source)
         try:
             with self.workplace(f"{_ADDING}{name}") as folder:
                 entry = put_together(folder, source, origin, link, progress)
@@ -154,7 +155,7 @@ def served(settings: Settings) -> dict[str, Path | str]:
 
 def _as_given(said: str, placed: Source, given: Source) -> str:
     """A sentence about a model's files on the shelf, with the paths that they came from."""
-    for name in ("tokenizer", "vae", "embeddings", "path"):  # the last is the folder that the others are in
+    for name in PATHS:
         here, there = getattr(placed, name), getattr(given, name)
         said = said if here is None or there is None else said.replace(str(here), str(there))
     return said

@@ -69,6 +69,10 @@ def _loaded_with(*left_out: str) -> Callable[[Decorated], Decorated]:
             "--embeddings", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
             help="textual inversion files; their words can be used in prompts",
         ),
+        "tiny_decoder": click.option(
+            "--tiny-decoder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+            help="a TAESD for jobs with decoder tiny: a folder with an AutoencoderTiny, or a model's that has one",
+        ),
         "variant": click.option("--variant", metavar="WORD", help="of a folder's weights, for example fp16"),
         "ema": click.option("--ema", is_flag=True, help="the averaged U-Net of a single file"),
         "prediction": click.option(
@@ -176,7 +180,8 @@ def pull(
     shelf.check_name(name)
     wanted = {"variant": options["variant"], "file": file, "tokenizer": tokenizer is None}
     with pulled_model(shelf, repository, revision, **wanted) as (source, commit):
-        source, origin = replace(source, **options), f"{repository}@{commit}"
+        given = {option: value for option, value in options.items() if value is not None}
+        source, origin = replace(source, **given), f"{repository}@{commit}"
         if tokenizer is None:
             _put(settings, name, source, origin=origin)
             return
