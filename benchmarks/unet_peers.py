@@ -5,6 +5,7 @@ Legend of the shape suffixes: U U-Net rows, C channels, H height, W width, T tex
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import importlib.util
@@ -172,6 +173,8 @@ def _compiled(module: nn.Module) -> Any:
 def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     """For these shapes alone, in the precision of the weights; from a file, so that its weights are not held twice."""
     openvino = importlib.import_module("openvino")
+    if inputs.x_UCHW.dtype != torch.float32:
+        reference = copy.deepcopy(reference).float()  # it is traced in float32, and rounded when it is compiled
 
     class Plain(nn.Module):
         def forward(self, x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
@@ -181,7 +184,7 @@ def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     example = (inputs.x_UCHW.float(), inputs.t_U, inputs.text_UTD.float())
     model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
     openvino.save_model(model, folder / "unet.xml", compress_to_fp16=inputs.x_UCHW.dtype != torch.float32)
-    del model
+    del model, reference
     gc.collect()
     precision = "f32" if inputs.x_UCHW.dtype == torch.float32 else "bf16"
     options = {
