@@ -1,8 +1,13 @@
 """All that a GPU is asked: is it right, how fast at each pack size, how near to the machine and to the reference.
 
     python -m benchmarks.gpu                                 (on a CUDA machine; 25 minutes at most)
-    python -m benchmarks.gpu --stages correct,ceilings,packs (some of it; what other stages wrote before is kept)
     python -m benchmarks.gpu --quick --device cpu            (the code alone, on a tiny model; says nothing about speed)
+
+or in parts of less than ten minutes, each of which keeps what the ones before it wrote:
+
+    python -m benchmarks.gpu --stages correct,ceilings,no_wait,attention,vae,packs --ways "eager;eager, channels-last"
+    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last;compiled, graphs" --sizes 1,2,16,32
+    python -m benchmarks.gpu --stages reference
 
 SD 1.5's size with random weights, 512 x 512, 20 guided steps. Stages, in this order; after every figure all that is
 known is written, so that a run that is cut leaves what it had, and each stage ends at its own time limit:
@@ -14,8 +19,8 @@ known is written, so that a run that is cut leaves what it had, and each stage e
 - packs: pictures per second by pictures of a pack, eager and compiled, contiguous and channels-last; peak memory.
 - vae: decoding alone. reference: the reference's pipeline, eager and compiled, in the same run (needs diffusers).
 
-Writes `benchmarks/results/gpu.json` and a plot. Without a CUDA device it says so and exits with 2; with 1 where it is
-wrong.
+Writes `benchmarks/results/gpu.json` (in fp16 `gpu_fp16.json`) and a plot. Without a CUDA device it says so and exits
+with 2; with 1 where it is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from json import dumps, loads
 from pathlib import Path
 from typing import Any, Final
@@ -71,7 +77,7 @@ def run(setup: Setup, names: list[str], out: Path, known: dict[str, Any]) -> int
             print("the results are wrong: no speed is measured", file=sys.stderr)
             break
         stage, limit = STAGES[name]
-        stages[name] = {"figures": [], "cut": False}
+        stages[name] = {"figures": _kept(stages.get(name, {}), setup), "cut": False}
         print(f"--- {name}", flush=True)
         _figures(stage(setup), limit, stages[name], lambda: _write(out, known, setup))
     summarize(known)
@@ -80,6 +86,12 @@ def run(setup: Setup, names: list[str], out: Path, known: dict[str, Any]) -> int
         print(goal)
     _plot(known, out)
     return 0 if all(figure["right"] for figure in stages.get("correct", {}).get("figures", ())) else 1
+
+
+def _kept(stage: dict[str, Any], setup: Setup) -> list[Figure]:
+    """Figures of an earlier run, of ways that are not asked for now."""
+    asked = (None, *setup.ways)  # None: a figure of none
+    return [figure for figure in stage.get("figures", ()) if setup.ways and figure.get("way") not in asked]
 
 
 def _figures(figures: Iterator[Figure], limit: float, into: dict[str, Any], save: Any) -> None:
@@ -126,7 +138,7 @@ def _speeds(stages: dict[str, Any], name: str) -> list[Figure]:
 def _write(out: Path, known: dict[str, Any], setup: Setup) -> None:
     device = torch.cuda.get_device_name(setup.device) if setup.cuda else "cpu"
     # What one kernel gave as "not a number" would be no JSON.
-    write(out, loads(dumps(known, default=str)), device=device)
+    write(out, loads(dumps(known, default=str)), device=device, beside=("diffusers",))
 
 
 def _plot(known: dict[str, Any], out: Path) -> None:
@@ -146,6 +158,18 @@ def _stages(text: str) -> list[str]:
     return [name for name in STAGES if name in asked]
 
 
+def _ways(text: str) -> tuple[str, ...]:
+    asked = tuple(name.strip() for name in text.split(";"))
+    unknown = [name for name in asked if name not in gpu_stages.WAYS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{'; '.join(unknown)} is not allowed: {'; '.join(gpu_stages.WAYS)}")
+    return asked
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps")
@@ -154,7 +178,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--stages", type=_stages, default=list(STAGES), help="comma-separated, of: " + ", ".join(STAGES)
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    ways = "; ".join(gpu_stages.WAYS)
+    parser.add_argument("--ways", type=_ways, default=(), help=f"of packs, between semicolons: {ways}")
+    parser.add_argument("--sizes", type=_sizes, help="pictures of a pack, comma-separated")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json, in fp16 gpu_fp16.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -164,7 +191,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    setup = (gpu_model.quick if args.quick else gpu_model.full)(device, dtype)
+    args.out = args.out or RESULTS / ("gpu.json" if dtype != torch.float16 else "gpu_fp16.json")
+    setup = replace((gpu_model.quick if args.quick else gpu_model.full)(device, dtype), ways=args.ways)
+    setup = replace(setup, sizes=args.sizes or setup.sizes)
     known = loads(args.out.read_text("utf-8")) if args.out.exists() else {}
     asked = {"quick": args.quick, "dtype": str(dtype), "side": setup.side, "steps": setup.steps}
     if any(known.get(key) != value for key, value in asked.items()):

@@ -19,6 +19,8 @@ from sd_engine.context import PackContext, join
 from sd_engine.filling import Uninitialized
 from sd_engine.layers import KeysValues
 from sd_engine.model import SD1, Configs
+from sd_engine.row import Row
+from sd_engine.runner import Runner
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.unet import UNet
 from sd_engine.vae import Vae
@@ -38,6 +40,7 @@ class Setup:
     sizes: tuple[int, ...]
     compiler: str
     repeats: int
+    ways: tuple[str, ...] = ()  # of `packs`, by name; none: all
 
     @property
     def cuda(self) -> bool:
@@ -86,17 +89,26 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
                 parameter.data.normal_(std=1 / spread, generator=generator)
 
 
+class WholeRunner(Runner):
+    """Steps a pack whole or raises: of its halves, a figure would be of another size than it says."""
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[Row], too_large: Callable[[Sequence[Row]], None]) -> None:
+        """As `Runner.denoise`."""
+        if rows:
+            self._denoise(rows)
+
+
 def engine(setup: Setup, model: Model, pictures: int) -> Engine:
-    """An engine whose packs hold so many guided pictures."""
-    return Engine(model, max_units=2 * pictures * setup.cells**2)
+    """An engine whose packs hold so many guided pictures, stepped together or not at all."""
+    return Engine(model, max_units=2 * pictures * setup.cells**2, make_runner=WholeRunner)
 
 
 def requests(setup: Setup, pictures: int, steps: int | None = None) -> list[Request]:
-    """Guided pictures that share nothing but their size and their number of steps."""
-    return [
-        Request(f"a red star {seed}", seed=seed, steps=steps or setup.steps, width=setup.side, height=setup.side)
-        for seed in range(pictures)
-    ]
+    """Guided pictures that share nothing but their size and their number of steps; every second draws at each step."""
+    size = {"steps": steps or setup.steps, "width": setup.side, "height": setup.side}
+    samplers = ("dpmpp_2m_karras", "euler_a")
+    return [Request(f"a red star {seed}", seed=seed, sampler=samplers[seed % 2], **size) for seed in range(pictures)]
 
 
 def inputs(setup: Setup, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

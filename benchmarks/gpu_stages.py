@@ -143,13 +143,10 @@ def no_wait(setup: Setup) -> Iterator[Figure]:
         gm.wait(setup)
     counted = Counter(event.name for event in seen.events())
     calls = {name: n for name, n in counted.items() if name.startswith(("cudaLaunch", "cudaMemcpy", "cudaStreamSync"))}
-    averages = sorted(seen.key_averages(), key=lambda each: -_device_us(each))
-    top = [{"kernel": each.key[:80], "us": round(_device_us(each)), "calls": each.count} for each in averages[:20]]
+    clock = "self_device_time_total" if setup.cuda else "self_cpu_time_total"
+    averages = sorted(seen.key_averages(), key=lambda each: -getattr(each, clock))
+    top = [{"kernel": each.key[:80], "us": round(getattr(each, clock)), "calls": each.count} for each in averages[:20]]
     yield {"what": "profile of a step", "pictures": few, "calls": calls, "top": top}
-
-
-def _device_us(event: Any) -> float:
-    return float(event.self_device_time_total or event.self_cpu_time_total)
 
 
 def packs(setup: Setup, ways: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Figure]:
@@ -163,28 +160,43 @@ def packs(setup: Setup, ways: Mapping[str, Mapping[str, Any]] | None = None) -> 
         plain = gm.random_model(setup, setup.dtype)
         expected = gm.predicted(setup, plain.unet)
         del plain
-    for name, way in (ways or _WAYS).items():
-        model = gm.random_model(setup, setup.dtype)
+    for name, way in (ways or WAYS).items():
+        if not setup.ways or name in setup.ways:
+            yield from _figures_of(setup, name, way, expected, flop)
+
+
+def _figures_of(setup: Setup, name: str, way: Mapping[str, Any], expected: Tensor, flop: int) -> Iterator[Figure]:
+    """Of one way. What fails (a kernel that does not compile, say) fails by itself: the others are still measured."""
+    model = gm.random_model(setup, setup.dtype)
+    try:
         _arrange(setup, model, way)
         with torch.inference_mode():
             found = gm.relative(gm.predicted(setup, model.unet), expected)
-        yield {"way": name, **_checked("U-Net beside the plain one", found, SAME[setup.dtype])}
-        if found > SAME[setup.dtype]:
-            continue
-        for pictures in setup.sizes:
-            if pictures in way.get("sizes", setup.sizes):
-                yield {"way": name, "pictures": pictures, **_drawn(setup, model, pictures, flop)}
-        del model
+    except Exception as error:
+        yield {"way": name, **failed(error)}
+        return
+    yield {"way": name, **_checked("U-Net beside the plain one", found, SAME[setup.dtype])}
+    for pictures in setup.sizes if found <= SAME[setup.dtype] else ():
+        if pictures in way.get("sizes", setup.sizes):
+            yield {"way": name, "pictures": pictures, **_drawn(setup, model, pictures, flop)}
 
 
-# Compiling a pack size takes a minute: the sizes that matter. CUDA graphs pay where launches cost more than kernels.
+def failed(error: Exception) -> Figure:
+    """A figure that is none, and why."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"out_of_memory": True}
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+
+
+# Compiling a pack size takes a minute: the sizes that matter, and last what is hardly the fastest. CUDA graphs pay
+# where launches cost more than kernels.
 _SOME: Final = (1, 4, 16, 32)
-_WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
+WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "eager": {},
     "eager, channels-last": {"layout": torch.channels_last},
     "compiled, channels-last": {"layout": torch.channels_last, "compile": {}, "sizes": _SOME},
-    "compiled": {"compile": {}, "sizes": _SOME},
     "compiled, graphs": {"layout": torch.channels_last, "compile": {"mode": "reduce-overhead"}, "sizes": (1, 2, 4)},
+    "compiled": {"compile": {}, "sizes": _SOME},
 }
 
 
@@ -197,7 +209,7 @@ def _arrange(setup: Setup, model: Model, way: Mapping[str, Any]) -> None:
 
 
 def _drawn(setup: Setup, model: Model, pictures: int, flop: int) -> Figure:
-    """One pack from its prompts to its pictures, after one that warmed up; and the step alone."""
+    """One pack from its prompts, which were encoded before, to its pictures; after one that warmed up."""
     drawing = gm.engine(setup, model, pictures)
     try:
         began = time.perf_counter()
@@ -205,8 +217,8 @@ def _drawn(setup: Setup, model: Model, pictures: int, flop: int) -> Figure:
         first = time.perf_counter() - began
         _forget_peak(setup)
         whole = gm.seconds(setup, lambda: drawing.render(gm.requests(setup, pictures)), 1)
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
+    except Exception as error:
+        return failed(error)
     work = 2 * pictures * setup.steps * flop
     return {"images_per_s": pictures / whole, "seconds": whole, "tflops": work / whole / 1e12, "first_s": first,
             "peak_gb": _peak_gb(setup)}  # fmt: skip

@@ -80,7 +80,9 @@ def test_a_step_never_waits_for_the_device() -> None:
         engine.add(request)
     engine.step()
     torch.cuda.set_sync_debug_mode("error")
+    rows = engine.packer.pack()
     try:
-        engine.runner.denoise(engine.packer.pack(), engine.packer.too_large)
+        engine.runner.denoise(rows, engine.packer.too_large)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert [row.error for row in rows] == [None, None]  # a wait is an error, and the rows' own
