@@ -1,13 +1,14 @@
-"""What every benchmark writes beside its numbers: the versions, the device and the date they were made with."""
+"""What every benchmark writes beside its numbers: the code, versions, device and date that they were made with."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,16 +17,44 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write(path: Path, result: Mapping[str, object], *, device: str = "cpu", beside: tuple[str, ...] = ()) -> None:
-    """Write a result as JSON. `beside`: distributions, other than torch, whose versions matter to it."""
+    """Write a result as JSON. `beside`: distributions, other than torch, whose versions matter, if they are there."""
     where = {
+        "commit": commit(),
         "torch": torch.__version__,
-        **{name: version(name) for name in beside},
+        **_cuda(),
+        **{name: _version(name) for name in beside},
         "python": platform.python_version(),
         "device": device if device != "cpu" else f"cpu: {cpu_name()}, {os.cpu_count()} cores",
         "date": datetime.now(UTC).date().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**result, **where}, indent=2) + "\n", "utf-8")
+
+
+def commit() -> str | None:
+    """The code that was measured, with "+" where it was changed since; None outside a checkout."""
+    git = ["git", "-C", str(RESULTS.parent.parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)benchmarks/results"]
+        changed = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + "+" * bool(changed)
+
+
+def _cuda() -> dict[str, object]:
+    """What the figures of a GPU depend on besides."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "triton": _version("triton")}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

@@ -181,7 +181,7 @@ def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.
         "rows": lines,
         "goals": as_json(reached),
     }
-    write(args.out, result, beside=("diffusers",))
+    write(args.out, result, beside=("diffusers", "openvino"))
     wrong = [line for line in lines if not line["difference"] <= BARS[dtype]]
     for line in wrong:
         print(f"{line['peer']}: {line['difference']:.1e} from the reference, the bar is {BARS[dtype]:.0e}")

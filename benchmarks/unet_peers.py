@@ -173,18 +173,18 @@ def _compiled(module: nn.Module) -> Any:
 def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     """For these shapes alone, in the precision of the weights; from a file, so that its weights are not held twice."""
     openvino = importlib.import_module("openvino")
-    if inputs.x_UCHW.dtype != torch.float32:
-        reference = copy.deepcopy(reference).float()  # it is traced in float32, and rounded when it is compiled
+    # It is traced in float32, and rounded when it is compiled.
+    traced = reference if inputs.x_UCHW.dtype == torch.float32 else copy.deepcopy(reference).float()
 
     class Plain(nn.Module):
         def forward(self, x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
-            prediction_UCHW: Tensor = reference(x_UCHW, t_U, text_UTD, return_dict=False)[0]
+            prediction_UCHW: Tensor = traced(x_UCHW, t_U, text_UTD, return_dict=False)[0]
             return prediction_UCHW
 
     example = (inputs.x_UCHW.float(), inputs.t_U, inputs.text_UTD.float())
     model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
     openvino.save_model(model, folder / "unet.xml", compress_to_fp16=inputs.x_UCHW.dtype != torch.float32)
-    del model, reference
+    del model
     gc.collect()
     precision = "f32" if inputs.x_UCHW.dtype == torch.float32 else "bf16"
     options = {
