@@ -22,9 +22,8 @@ from jobs.fields import URGENT_PRIORITY
 from tests.integration.processes import wait_until
 
 HELD = 16
-SIDE = (
-    192  # of the shipped model: two to three seconds a picture on two cores, as a graphics card takes for a large one
-)
+# Of the shipped model: about two seconds a picture on two cores, as a graphics card takes for one.
+SIDE = 320
 STEPS = 20
 BULK = "bulk"
 URGENT = "ours, urgent"

@@ -10,7 +10,7 @@ from worker.periodic import Periodic
 from worker.slots import Slots
 
 # A free worker answers a bell within that time; only then do the full ones look after it.
-BELL_AGE_S: Final = 0.2
+BELL_AGE_S: Final = 0.1
 
 
 class Lookout(Periodic):

@@ -29,7 +29,7 @@ class Pace:
 # The sweeper is the only bell: a row waits 0.1 s at most, one indexed read each time.
 EMBEDDED = Pace(busy_s=0.1, idle_s=0.1, bell_age_s=5.0, sweep_s=2.0, lookout_s=0.2)
 # The broker rings; the sweeper repairs lost messages. Faster only while it really finds some (an emptied broker).
-WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0, lookout_s=0.5)
+WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0, lookout_s=0.2)
 
 
 def pace_for(broker_url: str, lease_s: float) -> Pace:
