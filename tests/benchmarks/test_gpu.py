@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_model
+from benchmarks import gpu, gpu_model, gpu_stages
 from benchmarks.gpu_model import Setup
 from benchmarks.gpu_stages import Figure
 from sd_engine.model import SD1
@@ -85,3 +85,36 @@ def test_a_stage_that_fails_or_takes_too_long_ends_alone(
     stages = json.loads(out.read_text("utf-8"))["stages"]
     assert stages["ceilings"]["failed"] == "RuntimeError: no such kernel" and stages["ceilings"]["figures"]
     assert stages["attention"]["cut"] and len(stages["attention"]["figures"]) == 1
+
+
+def test_a_pack_that_fails_is_told_and_not_halved(setup: Setup) -> None:
+    model = gpu_model.random_model(setup, torch.float32)
+    drawing = gpu_model.engine(setup, model, 2)
+    for request in gpu_model.requests(setup, 2):
+        drawing.add(request)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("called a synchronizing operation")
+
+    model.unet.register_forward_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        drawing.step()
+
+
+def test_a_way_that_fails_leaves_the_others(setup: Setup) -> None:
+    ways = {"bad": {"layout": "no layout"}, "good": {"sizes": (1,)}}
+    figures = list(gpu_stages.packs(setup, ways))
+    assert [figure["way"] for figure in figures if "failed" in figure] == ["bad"]
+    assert [figure["way"] for figure in figures if "images_per_s" in figure] == ["good"]
+
+
+def test_figures_of_ways_that_are_not_asked_for_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    for ways in ("eager", "eager, channels-last", "eager"):
+        common = ["--quick", "--device", "cpu", "--stages", "packs", "--sizes", "1", "--out", str(out)]
+        assert gpu.main([*common, "--ways", ways]) == 0
+    figures = json.loads(out.read_text("utf-8"))["stages"]["packs"]["figures"]
+    speeds = [(figure["way"], figure["pictures"]) for figure in figures if "images_per_s" in figure]
+    assert sorted(speeds) == [("eager", 1), ("eager, channels-last", 1)]
+    with pytest.raises(SystemExit):
+        gpu.main(["--ways", "fast"])
