@@ -30,7 +30,7 @@ from benchmarks.goals import Goal, as_json, at_least, spread
 from benchmarks.service_ways import LANES, Bench, Run, jobs_of
 
 EXAMPLES = """examples:
-  python -m benchmarks.service                           64 pictures of 96 x 96 and 16 of 256 x 256, 20 steps
+  python -m benchmarks.service                           64 pictures of 96 x 96 and 32 of 256 x 256, 20 steps
   python -m benchmarks.service --loads 192:24            24 pictures of 192 x 192
   python -m benchmarks.service --quick                   two small jobs, seconds"""
 
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--loads", type=_loads, default="96:64,256:16", help="SIDE:JOBS,... (default: %(default)s)")
+    parser.add_argument("--loads", type=_loads, default="96:64,256:32", help="SIDE:JOBS,... (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of a job on average (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
     parser.add_argument(
