@@ -1,6 +1,6 @@
 """What the choices of a job that change the picture give, and what they take: gain and difference, one by one.
 
-    python -m benchmarks.choices                    the table of the README
+    python -m benchmarks.choices                    the table of `benchmarks/README.md`
     python -m benchmarks.choices --quick            seconds; too few pictures to judge anything by
     python -m benchmarks.choices --unet none        without the U-Net of Stable Diffusion's size
     python -m benchmarks.choices --prompts 100 --steps 40 --guidance 4
