@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.loads, options.steps, options.rounds, options.threads = [Load(96, 2)], 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]
     with tempfile.TemporaryDirectory(prefix="nightshift-service-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, threads, options.concurrency)
+        bench = Bench(Path(folder), stack, threads, ["--concurrency", str(options.concurrency)])
         measured: dict[str, Any] = {}
         for load in options.loads:
             measured |= measure(bench, load, options.steps, options.rounds)

@@ -83,10 +83,10 @@ class Alone:
 class Service:
     """A worker on one lane, and a producer."""
 
-    def __init__(self, lane: str, settings: Settings, threads: int, held: int, stack: ExitStack) -> None:
+    def __init__(self, lane: str, settings: Settings, threads: int, options: Sequence[str], stack: ExitStack) -> None:
         log = settings.home.parent / f"{lane}-{threads}.log"
         command = ["-m", "worker", "--no-supervisor", "--device", "cpu", "--threads", str(threads)]
-        command += ["--concurrency", str(held)]
+        command += options
         self._worker = stack.enter_context(process(command, settings, log))
         self.client = stack.enter_context(Client(settings))
         self.log = log
@@ -127,10 +127,10 @@ def _servers_cpu_s() -> float:
 
 
 class Bench:
-    """Both lanes and the engine alone, for each number of threads."""
+    """Both lanes and the engine alone, for each number of threads. options: of every worker's command."""
 
-    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int], held: int) -> None:
-        self._folder, self._stack, self._held = folder, stack, held
+    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int], options: Sequence[str]) -> None:
+        self._folder, self._stack, self._options = folder, stack, options
         self._file = lanes.migrated_file(folder)
         self._postgres = stack.enter_context(servers.postgres_server())
         self._database = lanes.migrated_database(self._postgres)
@@ -144,7 +144,7 @@ class Bench:
         for lane in LANES:
             folder = self._folder / f"{lane}-{threads}"
             folder.mkdir()
-            made[lane] = Service(lane, self._settings(lane, folder), threads, self._held, self._stack)
+            made[lane] = Service(lane, self._settings(lane, folder), threads, self._options, self._stack)
         return made
 
     def _settings(self, lane: str, folder: Path) -> Settings:

@@ -21,7 +21,9 @@ from jobs import State
 from jobs.fields import URGENT_PRIORITY
 from tests.integration.processes import wait_until
 
-HELD = 16
+# Jobs that a worker holds, and pictures of a pack: an urgent job waits for the step that runs when it comes, and on a
+# CPU a step takes as many times as long as it has pictures (four in `benchmarks.urgent`, too).
+HELD, PACK = 16, 4
 # Of the shipped model: about two seconds a picture on two cores, as a graphics card takes for one.
 SIDE = 320
 STEPS = 20
@@ -32,7 +34,8 @@ URGENT = "ours, urgent"
 def through_workers(samples: int, seed: int) -> dict[str, dict[str, list[float]]]:
     """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker."""
     with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, [os.cpu_count() or 1], HELD)
+        options = ["--concurrency", str(HELD), "--max-units", str(2 * PACK * (SIDE // 8) ** 2)]
+        bench = Bench(Path(folder), stack, [os.cpu_count() or 1], options)
         found = {}
         for ways in bench.ways.values():
             for lane in LANES:
