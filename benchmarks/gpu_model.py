@@ -106,7 +106,7 @@ def engine(setup: Setup, model: Model, pictures: int) -> Engine:
 
 def requests(setup: Setup, pictures: int, steps: int | None = None) -> list[Request]:
     """Guided pictures that share nothing but their size and their number of steps; every second draws at each step."""
-    size = {"steps": steps or setup.steps, "width": setup.side, "height": setup.side}
+    size: dict[str, Any] = {"steps": steps or setup.steps, "width": setup.side, "height": setup.side}
     samplers = ("dpmpp_2m_karras", "euler_a")
     return [Request(f"a red star {seed}", seed=seed, sampler=samplers[seed % 2], **size) for seed in range(pictures)]
 

@@ -90,7 +90,11 @@ def _place_component(component: str, given: Path, folder: Path) -> Path:
         return _place(given, folder / given.name)
     inside = given / component if (given / component).is_dir() else given
     names = {f"{component}/{name}" for name in names_in(inside)}
-    for name in (f"{component}/config.json", *best_weights(names, component)):
+    try:
+        weights = best_weights(names, component)
+    except BadModel as error:
+        raise BadModel(f"{given}: {error}") from None
+    for name in (f"{component}/config.json", *weights):
         _place(inside / name.removeprefix(f"{component}/"), folder / name)
     return folder / component
 

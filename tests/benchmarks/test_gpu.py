@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_pack_that_fails_is_told_and_not_halved(setup: Setup) -> None:
 
 
 def test_a_way_that_fails_leaves_the_others(setup: Setup) -> None:
-    ways = {"bad": {"layout": "no layout"}, "good": {"sizes": (1,)}}
+    ways: dict[str, dict[str, Any]] = {"bad": {"layout": "no layout"}, "good": {"sizes": (1,)}}
     figures = list(gpu_stages.packs(setup, ways))
     assert [figure["way"] for figure in figures if "failed" in figure] == ["bad"]
     assert [figure["way"] for figure in figures if "images_per_s" in figure] == ["good"]

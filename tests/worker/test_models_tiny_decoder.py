@@ -54,7 +54,8 @@ def test_a_tiny_decoder_that_is_given_goes_before_the_model_s_own(
 
 
 def test_a_folder_that_is_no_tiny_decoder_is_refused(tiny_folder: Path, tmp_path: Path, shelf: Shelf) -> None:
-    assert "tiny_decoder/ has no weights" in refused("add", "tiny", tiny_folder, "--tiny-decoder", tmp_path)
+    said = refused("add", "tiny", tiny_folder, "--tiny-decoder", tmp_path)
+    assert f"Error: {tmp_path}: tiny_decoder/ has no weights" in said
     reference_class(latent_channels=16).save_pretrained(tmp_path / "sd3")
     said = refused("add", "tiny", tiny_folder, "--tiny-decoder", tmp_path / "sd3")
     assert f"Error: {tmp_path / 'sd3'} decodes latents of 16 channels" in said
