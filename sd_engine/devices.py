@@ -62,7 +62,7 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of activations where weights rest in `dtype`: float32 on a CPU without units for that one.
 
     Such a CPU computes half precision step by step, eight times as slow as float32 (matrix products and convolutions,
-    AVX2); to widen the weights of a layer at each call costs a few hundredths of a step.
+    AVX2). To widen large weights at each call is, computed from the time of one, 0.7 s of SD 1.5's, whatever its rows.
     """
     return torch.float32 if device.type == "cpu" and not computes(dtype) else dtype
 

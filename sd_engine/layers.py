@@ -19,7 +19,7 @@ from sd_engine import winograd
 KeysValues = tuple[Tensor, Tensor]
 
 # Numbers of a weight that may lie in memory in another layout than in its file, at no cost that anybody would notice;
-# and of one that may be wider there. In SD 1.5 the latter are a sixtieth of all weights, in small models nearly all.
+# and of one that may be wider there. In SD 1.5 the latter are a ninetieth of all weights, in small models nearly all.
 _SMALL = 2**20
 _SMALLEST = 2**18
 
