@@ -24,7 +24,7 @@ from worker.lifeline import Lifeline
 from worker.liveness import Liveness, patience_for
 from worker.lookout import Lookout
 from worker.means import Means
-from worker.memory import share_one_arena
+from worker.memory import keep_freed_memory
 from worker.periodic import Periodic
 from worker.preflight import Services
 from worker.slots import Slots
@@ -119,7 +119,7 @@ class _Worker:
 
     def run(self) -> int:
         """Everything from the models to the last thread; see ``run`` of this module."""
-        share_one_arena()
+        keep_freed_memory()
         self._drain.install_signal_handlers()
         self._drain.start()
         if self._lifeline is not None:

@@ -1,4 +1,4 @@
-"""The engine's thread takes its memory as a process's first thread does."""
+"""What the engine's thread frees serves its next request."""
 
 import platform
 import subprocess
@@ -8,9 +8,9 @@ import pytest
 
 FAULTS = """
 import resource, sys, threading, torch
-if sys.argv[1] == "shared":
-    from worker.memory import share_one_arena
-    assert share_one_arena()
+if sys.argv[1] == "kept":
+    from worker.memory import keep_freed_memory
+    assert keep_freed_memory()
 torch.set_num_threads(1)
 
 def work() -> None:
@@ -30,11 +30,10 @@ print(found[1])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has arenas")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
 def test_a_thread_does_not_fault_the_pages_of_its_maps_in_anew() -> None:
-    own, shared = (
+    usual, kept = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
-        for how in ("own", "shared")
+        for how in ("usual", "kept")
     )
-    # A quarter was seen: what is freed at the arena's end still goes back to the system.
-    assert shared < own / 2
+    assert kept < usual / 10  # 0 were seen beside 33 thousand; how many the usual ones are depends on the size of pages
