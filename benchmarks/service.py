@@ -2,9 +2,10 @@
 
 The same jobs, with the shipped model on the CPU: drawn by the engine alone, and by `nightshift worker` from the queue,
 with database, broker, PNG and storage; embedded (SQLite, a directory) and in production (PostgreSQL, Redis, S3 by
-rclone). In turn, in one run. All of it shares the machine's cores with the engine, which it would not beside a GPU: so
-the engine has one thread first, which leaves a core to the rest, and then as many as there are cores; and the CPU
-seconds of the servers and of the worker's other threads are told beside the loss.
+rclone). By turns of a second (`--slice`), in one run: each is stopped while the others draw. All of it shares the
+machine's cores with the engine, which it would not beside a GPU: so the engine has one thread first, which leaves a
+core to the rest, and then as many as there are cores; and the CPU seconds of the servers and of the worker's other
+threads are told beside the loss.
 
 Each load is small pictures or large ones: what the service costs is a price a job, so its share is smaller the longer
 the engine takes for one (`engine_ms_per_job`). The shipped model's own size takes it a sixth of a second, far less than
@@ -27,7 +28,9 @@ from typing import Any
 
 from benchmarks import plots, report
 from benchmarks.goals import Goal, as_json, at_least, spread
-from benchmarks.service_ways import LANES, Bench, Run, jobs_of
+from benchmarks.scale_fleet import cpu_s
+from benchmarks.service_slices import Run, draw_by_turns
+from benchmarks.service_ways import LANES, Bench, jobs_of, servers_cpu_s
 
 EXAMPLES = """examples:
   python -m benchmarks.service                           64 pictures of 96 x 96 and 32 of 256 x 256, 20 steps
@@ -43,16 +46,16 @@ class Load:
     jobs: int
 
 
-def measure(bench: Bench, load: Load, steps: int, rounds: int) -> dict[str, Any]:
-    """In turn, so that what else the machine does hits all of them; the first jobs of each warm it up."""
+def measure(bench: Bench, load: Load, steps: int, rounds: int, slice_s: float) -> dict[str, Any]:
+    """By turns, so that what else the machine does meets all of them; the first jobs of each warm it up."""
     told: dict[str, dict[str, Any]] = {}
     for number, ways in bench.ways.items():
         runs: dict[str, list[Run]] = defaultdict(list)
-        for way in ways.values():
-            way.draw(jobs_of(2, 2, load.side, 0))
+        draw_by_turns(ways, jobs_of(load.jobs, 2, load.side, 0), slice_s, cpu_s, servers_cpu_s)
         for round_ in range(rounds):
-            for name, way in ways.items():
-                runs[name].append(way.draw(jobs_of(load.jobs, steps, load.side, 1000 * round_)))
+            jobs = jobs_of(load.jobs, steps, load.side, 1000 * round_)
+            for name, run in draw_by_turns(ways, jobs, slice_s, cpu_s, servers_cpu_s).items():
+                runs[name].append(run)
         told[f"{load.side} x {load.side}, engine with {number} threads"] = account(runs, load.jobs)
     best = max(found["images_per_s"]["engine alone"]["median"] for found in told.values())
     for found in told.values():
@@ -130,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--loads", type=_loads, default="96:64,256:32", help="SIDE:JOBS,... (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of a job on average (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
+    parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn (default: %(default)s)")
     parser.add_argument(
         "--concurrency",
         type=int,
@@ -150,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(Path(folder), stack, threads, ["--concurrency", str(options.concurrency)])
         measured: dict[str, Any] = {}
         for load in options.loads:
-            measured |= measure(bench, load, options.steps, options.rounds)
+            measured |= measure(bench, load, options.steps, options.rounds, options.slice)
     reached = goals(measured)
     print(table(measured, reached))
-    about: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "rounds", "concurrency")}
+    about: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "rounds", "slice", "concurrency")}
     about["loads"] = [asdict(load) for load in options.loads]
     about["servers"] = "SQLite, synchronous=NORMAL; PostgreSQL, fsync=off; Redis; S3 by rclone; all on this machine"
     report.write(options.out, about | {"measured": measured, "goals": as_json(reached)}, beside=("celery", "boto3"))

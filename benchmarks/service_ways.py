@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scale_fleet import cpu_s, family_cpu_s
+from benchmarks.service_slices import Stretch
 from jobs import Client, Settings, State
 from tests import servers
 from tests.faults import lanes
-from tests.integration.processes import ROOT, has_line, process, wait_until
+from tests.integration.processes import ROOT, has_line, process, tail, wait_until
 
 LANES = lanes.LANES
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("star", "circle", "square", "triangle")
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Jobs from the first to the last. Seconds: of the clock, of CPU in the drawing process and in the servers, and
-    until the first claim."""
-
-    wall_s: float
-    own_cpu_s: float
-    servers_cpu_s: float = 0.0
-    first_claim_s: float = 0.0
 
 
 def jobs_of(count: int, steps: int, side: int, seed: int) -> list[dict[str, Any]]:
@@ -66,10 +56,21 @@ class Alone:
         self._tell(str(threads))
         assert self._hear() == "ready"
 
-    def draw(self, jobs: Sequence[Mapping[str, Any]]) -> Run:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def begin(self, jobs: Sequence[Mapping[str, Any]]) -> None:
         """All of them at once: the packer chooses."""
         self._tell(json.dumps(jobs))
-        return Run(*json.loads(self._hear()))
+
+    def ended(self) -> Stretch | None:
+        """When the engine had drawn them all."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], 0)[0]:
+            return None
+        began, ended = json.loads(self._hear())
+        return Stretch(began, began, ended)
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -90,7 +91,8 @@ class Service:
         self._worker = stack.enter_context(process(command, settings, log))
         self.client = stack.enter_context(Client(settings))
         self.log = log
-        self._batches = 0
+        self._batches = self._wanted = 0
+        self._batch = self.client.batch("none")
         wait_until(has_line(log, " ready:"), "a ready worker", log)
 
     def stop(self) -> None:
@@ -98,24 +100,38 @@ class Service:
         self._worker.kill()
         self._worker.wait()
 
-    def draw(self, jobs: Sequence[Mapping[str, Any]]) -> Run:
-        """From the submit until the last one is shown, on the database's clock."""
-        own, beside = cpu_s(self._worker.pid), _servers_cpu_s()
-        self._batches += 1
-        batch = self.client.batch(f"run {self._batches}")
-        self.client.submit_many(jobs, batch=batch.name)
-        while batch.counts()[State.succeeded] < len(jobs):
-            assert not batch.counts()[State.failed]
+    @property
+    def pid(self) -> int:
+        return self._worker.pid
+
+    def draw(self, jobs: Sequence[Mapping[str, Any]]) -> float:
+        """Seconds from the submit until the last one is stored, on the database's clock."""
+        self.begin(jobs)
+        while (stretch := self.ended()) is None:
             time.sleep(0.25)
-        used = cpu_s(self._worker.pid) - own, _servers_cpu_s() - beside
-        views = batch.jobs()
-        began = min(view.created_at for view in views)
-        ended = max(view.finished_at for view in views if view.finished_at)
-        claimed = min(view.started_at for view in views if view.started_at)
-        return Run((ended - began).total_seconds(), *used, (claimed - began).total_seconds())
+        return stretch.ended - stretch.began
+
+    def begin(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        """Submit them as a batch of their own."""
+        self._batches += 1
+        self._batch, self._wanted = self.client.batch(f"run {self._batches}"), len(jobs)
+        self.client.submit_many(jobs, batch=self._batch.name)
+
+    def ended(self) -> Stretch | None:
+        """When all were stored, on the database's clock."""
+        counts = self._batch.counts()
+        assert not counts[State.failed], tail(self.log)
+        if counts[State.succeeded] < self._wanted:
+            return None
+        views = self._batch.jobs()
+        return Stretch(
+            min(view.created_at.timestamp() for view in views),
+            min(view.started_at.timestamp() for view in views if view.started_at),
+            max(view.finished_at.timestamp() for view in views if view.finished_at),
+        )
 
 
-def _servers_cpu_s() -> float:
+def servers_cpu_s() -> float:
     """Of our children that are servers: PostgreSQL's processes, Redis, rclone."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     names = {int(child): Path(f"/proc/{child}/comm").read_text().strip() for child in children}

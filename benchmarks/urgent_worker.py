@@ -49,14 +49,14 @@ def through_workers(samples: int, seed: int) -> dict[str, dict[str, list[float]]
 def latencies(service: Service, samples: int, rng: random.Random) -> dict[str, list[float]]:
     """Of one worker: first idle, then full."""
     service.draw([wanted(rng)])  # warm
-    idle = [service.draw([wanted(rng)]).wall_s for _ in range(samples)]
+    idle = [service.draw([wanted(rng)]) for _ in range(samples)]
     bulk = service.client.batch(BULK)
     service.client.submit_many(jobs_of(HELD * (2 * samples + 2), STEPS, SIDE, 0), batch=BULK)
     wait_until(lambda: bulk.counts()[State.running] == HELD, "a full worker", service.log)
     full = []
     for _ in range(samples):
         time.sleep(rng.uniform(0.0, idle[0]))  # a random moment of the bulk run
-        full.append(service.draw([wanted(rng)]).wall_s)
+        full.append(service.draw([wanted(rng)]))
     assert bulk.counts()[State.queued] > 0, "the bulk run ended too soon"
     return {"idle": idle, URGENT: full}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.service import account, goals
-from benchmarks.service_ways import Run, jobs_of
+from benchmarks.service_slices import Run, Slice, Stretch, run_of
+from benchmarks.service_ways import jobs_of
 from jobs.spec import read_spec
 from sd_engine import Request
 
@@ -35,3 +36,9 @@ def test_a_round_is_compared_with_the_round_beside_it() -> None:
     assert embedded.passed
     assert not production.passed
     assert "30.0 ms a job are lost" in production.why
+
+
+def test_a_run_counts_what_lies_in_the_turns_of_its_way() -> None:
+    slices = [Slice(10.0, 11.0, 0.75, 0.25), Slice(13.0, 14.0, 0.75, 0.5), Slice(16.0, 17.0, 0.5, 0.0)]
+    run = run_of(slices, Stretch(began=10.25, first_claim=13.5, ended=16.5))
+    assert run == Run(wall_s=0.75 + 1.0 + 0.5, own_cpu_s=2.0, servers_cpu_s=0.75, first_claim_s=0.75 + 0.5)
