@@ -2,7 +2,7 @@
 
 The same jobs, with the shipped model on the CPU: drawn by the engine alone, and by `nightshift worker` from the queue,
 with database, broker, PNG and storage; embedded (SQLite, a directory) and in production (PostgreSQL, Redis, S3 by
-rclone). By turns of a second (`--slice`), in one run: each is stopped while the others draw. All of it shares the
+rclone). By turns of a second (`--turn`), in one run: each is stopped while the others draw. All of it shares the
 machine's cores with the engine, which it would not beside a GPU: so the engine has one thread first, which leaves a
 core to the rest, and then as many as there are cores; and the CPU seconds of the servers and of the worker's other
 threads are told beside the loss.
@@ -19,7 +19,6 @@ import argparse
 import os
 import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -29,8 +28,8 @@ from typing import Any
 from benchmarks import plots, report
 from benchmarks.goals import Goal, as_json, at_least, spread
 from benchmarks.scale_fleet import cpu_s
-from benchmarks.service_slices import Run, draw_by_turns
-from benchmarks.service_ways import LANES, Bench, jobs_of, servers_cpu_s
+from benchmarks.service_turns import Run, Way, draw_by_turns
+from benchmarks.service_ways import AGAIN, ALONE, LANES, Bench, jobs_of, servers_cpu_s
 
 EXAMPLES = """examples:
   python -m benchmarks.service                           64 pictures of 96 x 96 and 32 of 256 x 256, 20 steps
@@ -46,30 +45,47 @@ class Load:
     jobs: int
 
 
-def measure(bench: Bench, load: Load, steps: int, rounds: int, slice_s: float) -> dict[str, Any]:
-    """By turns, so that what else the machine does meets all of them; the first jobs of each warm it up."""
+def measure(
+    bench: Bench, loads: Sequence[Load], threads: Sequence[int], steps: int, rounds: int, turn_s: float
+) -> dict[str, Any]:
+    """Each load with each number of threads; workers of one number live at a time."""
     told: dict[str, dict[str, Any]] = {}
-    for number, ways in bench.ways.items():
-        runs: dict[str, list[Run]] = defaultdict(list)
-        draw_by_turns(ways, jobs_of(load.jobs, 2, load.side, 0), slice_s, cpu_s, servers_cpu_s)
-        for round_ in range(rounds):
-            jobs = jobs_of(load.jobs, steps, load.side, 1000 * round_)
-            for name, run in draw_by_turns(ways, jobs, slice_s, cpu_s, servers_cpu_s).items():
-                runs[name].append(run)
-        told[f"{load.side} x {load.side}, engine with {number} threads"] = account(runs, load.jobs)
-    best = max(found["images_per_s"]["engine alone"]["median"] for found in told.values())
-    for found in told.values():
-        for lane in LANES:
-            found[lane]["of_the_fastest_engine"] = round(found["images_per_s"][lane]["median"] / best, 4)
+    for number in threads:
+        with bench.ways(number) as ways:
+            for load in loads:
+                told[_named(load, number)] = account(draw(ways, load, steps, rounds, turn_s), load.jobs)
+    for load in loads:
+        alike = [told[_named(load, number)] for number in threads]
+        best = max(found["images_per_s"][ALONE]["median"] for found in alike)
+        for found in alike:
+            for lane in LANES:
+                found[lane]["of_the_fastest_engine"] = round(found["images_per_s"][lane]["median"] / best, 4)
     return told
+
+
+def _named(load: Load, threads: int) -> str:
+    return f"{load.side} x {load.side}, engine with {threads} threads"
+
+
+def draw(ways: Mapping[str, Way], load: Load, steps: int, rounds: int, turn_s: float) -> dict[str, list[Run]]:
+    """By turns, so that what else the machine does meets all of them; the first jobs of each warm it up."""
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    draw_by_turns(ways, jobs_of(load.jobs, 2, load.side, 0), turn_s, cpu_s, servers_cpu_s)
+    for round_ in range(rounds):
+        jobs = jobs_of(load.jobs, steps, load.side, 1000 * round_)
+        for name, run in draw_by_turns(ways, jobs, turn_s, cpu_s, servers_cpu_s).items():
+            runs[name].append(run)
+    return runs
 
 
 def account(runs: Mapping[str, Sequence[Run]], count: int) -> dict[str, Any]:
     """Rates, each lane's efficiency in each round, and where the milliseconds of a job went."""
-    alone = runs["engine alone"]
+    alone = runs[ALONE]
     told: dict[str, Any] = {
         "images_per_s": {name: spread([count / run.wall_s for run in found], 4) for name, found in runs.items()},
         "engine_ms_per_job": _ms([run.wall_s for run in alone], count),
+        # 1.0 but for the method's own noise: two equal ways.
+        "engine_again": spread([bare.wall_s / run.wall_s for run, bare in zip(runs[AGAIN], alone, strict=True)], 4),
     }
     for lane in LANES:
         pairs = list(zip(runs[lane], alone, strict=True))
@@ -108,7 +124,9 @@ def table(measured: Mapping[str, Any], reached: Sequence[Goal]) -> str:
     """The result in words."""
     lines = []
     for what, told in measured.items():
+        again = told["engine_again"]
         lines.append(f"{what}: {told['engine_ms_per_job']} ms of the engine a job")
+        lines.append(f"  {AGAIN:13}{again['median']:8.3f} of itself ({again['least']} - {again['most']})")
         for name, rate in told["images_per_s"].items():
             lines.append(f"  {name:13}{rate['median']:8.3f} images/s ({rate['least']} - {rate['most']})")
         for lane in LANES:
@@ -117,6 +135,12 @@ def table(measured: Mapping[str, Any], reached: Sequence[Goal]) -> str:
             lines.append(f"  {lane:13}{share['median']:8.3f} of it ({share['least']} - {share['most']})")
             lines.append(f"    lost {lost['median']} ms a job; {shown}")
     return "\n".join([*lines, *(goal.line for goal in reached)])
+
+
+def _turn(text: str) -> float:
+    if not 0 < float(text) <= 3:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 3")
+    return float(text)
 
 
 def _loads(text: str) -> list[Load]:
@@ -133,7 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--loads", type=_loads, default="96:64,256:32", help="SIDE:JOBS,... (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of a job on average (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
-    parser.add_argument("--slice", type=float, default=1.0, help="seconds of a turn (default: %(default)s)")
+    parser.add_argument(
+        "--turn",
+        type=_turn,
+        default=1.0,
+        help="seconds, at most 3: a lease must not end meanwhile (default: %(default)s)",
+    )
     parser.add_argument(
         "--concurrency",
         type=int,
@@ -151,13 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.loads, options.steps, options.rounds, options.threads = [Load(96, 2)], 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]
     with tempfile.TemporaryDirectory(prefix="nightshift-service-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, threads, ["--concurrency", str(options.concurrency)])
-        measured: dict[str, Any] = {}
-        for load in options.loads:
-            measured |= measure(bench, load, options.steps, options.rounds, options.slice)
+        bench = Bench(Path(folder), stack, ["--concurrency", str(options.concurrency)])
+        measured = measure(bench, options.loads, threads, options.steps, options.rounds, options.turn)
     reached = goals(measured)
     print(table(measured, reached))
-    about: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "rounds", "slice", "concurrency")}
+    about: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "rounds", "turn", "concurrency")}
     about["loads"] = [asdict(load) for load in options.loads]
     about["servers"] = "SQLite, synchronous=NORMAL; PostgreSQL, fsync=off; Redis; S3 by rclone; all on this machine"
     report.write(options.out, about | {"measured": measured, "goals": as_json(reached)}, beside=("celery", "boto3"))

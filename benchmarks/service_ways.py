@@ -8,19 +8,20 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scale_fleet import cpu_s, family_cpu_s
-from benchmarks.service_slices import Stretch
-from jobs import Client, Settings, State
+from benchmarks.service_turns import Stretch
+from jobs import Batch, Client, Settings, State
 from tests import servers
 from tests.faults import lanes
 from tests.integration.processes import ROOT, has_line, process, tail, wait_until
 
 LANES = lanes.LANES
+ALONE, AGAIN = "engine alone", "engine again"
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("star", "circle", "square", "triangle")
 
 
@@ -92,13 +93,8 @@ class Service:
         self.client = stack.enter_context(Client(settings))
         self.log = log
         self._batches = self._wanted = 0
-        self._batch = self.client.batch("none")
+        self._batch: Batch | None = None
         wait_until(has_line(log, " ready:"), "a ready worker", log)
-
-    def stop(self) -> None:
-        """End the worker, whatever it holds."""
-        self._worker.kill()
-        self._worker.wait()
 
     @property
     def pid(self) -> int:
@@ -119,11 +115,14 @@ class Service:
 
     def ended(self) -> Stretch | None:
         """When all were stored, on the database's clock."""
+        assert self._batch is not None
+        assert self._worker.poll() is None, tail(self.log)
         counts = self._batch.counts()
         assert not counts[State.failed], tail(self.log)
         if counts[State.succeeded] < self._wanted:
             return None
         views = self._batch.jobs()
+        assert not any(view.suspect for view in views), "a lease was lost"
         return Stretch(
             min(view.created_at.timestamp() for view in views),
             min(view.started_at.timestamp() for view in views if view.started_at),
@@ -143,28 +142,35 @@ def servers_cpu_s() -> float:
 
 
 class Bench:
-    """Both lanes and the engine alone, for each number of threads. options: of every worker's command."""
+    """Servers, and on them both lanes and the engine alone. options: of every worker's command."""
 
-    def __init__(self, folder: Path, stack: ExitStack, threads: Sequence[int], options: Sequence[str]) -> None:
-        self._folder, self._stack, self._options = folder, stack, options
+    def __init__(self, folder: Path, stack: ExitStack, options: Sequence[str]) -> None:
+        self._folder, self._options = folder, options
         self._file = lanes.migrated_file(folder)
         self._postgres = stack.enter_context(servers.postgres_server())
         self._database = lanes.migrated_database(self._postgres)
         s3 = stack.enter_context(servers.rclone_s3())
         lanes.make_bucket(s3)
         os.environ.update(s3.environment)
-        self.ways = {number: self._ways(number) for number in threads}
 
-    def _ways(self, threads: int) -> dict[str, Alone | Service]:
-        made: dict[str, Alone | Service] = {"engine alone": Alone(threads, self._stack)}
-        for lane in LANES:
+    @contextmanager
+    def service(self, lane: str, threads: int) -> Iterator[Service]:
+        """A ready worker with so many threads, on a fresh place; killed at the end."""
+        with ExitStack() as stack:
             folder = self._folder / f"{lane}-{threads}"
             folder.mkdir()
-            made[lane] = Service(lane, self._settings(lane, folder), threads, self._options, self._stack)
-        return made
+            yield Service(lane, self._settings(lane, folder, stack), threads, self._options, stack)
 
-    def _settings(self, lane: str, folder: Path) -> Settings:
+    @contextmanager
+    def ways(self, threads: int) -> Iterator[dict[str, Alone | Service]]:
+        """The engine alone, twice: the second tells how far two equal ways come out apart; and both services."""
+        with ExitStack() as stack:
+            made: dict[str, Alone | Service] = {ALONE: Alone(threads, stack)}
+            made |= {lane: stack.enter_context(self.service(lane, threads)) for lane in LANES}
+            yield made | {AGAIN: Alone(threads, stack)}
+
+    def _settings(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
         if lane == "embedded":
             return lanes.embedded(folder, self._file)
-        redis = self._stack.enter_context(servers.redis_server())  # one each, so that no worker hears another's bells
-        return self._stack.enter_context(lanes.production(folder, self._postgres, self._database, redis))
+        redis = stack.enter_context(servers.redis_server())  # one each, so that no worker hears another's bells
+        return stack.enter_context(lanes.production(folder, self._postgres, self._database, redis))

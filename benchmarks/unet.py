@@ -35,6 +35,7 @@ from benchmarks.plots import bars
 from benchmarks.report import RESULTS, write
 from benchmarks.unet_peers import FULL, QUICK, Forward, Inputs, Peers
 from sd_engine.devices import DTYPES, working_dtype
+from worker.memory import keep_freed_memory
 
 # Largest difference to the reference in deviations of its output: float32 rounds some hundred sums otherwise; bfloat16
 # keeps 8 bits.
@@ -195,4 +196,5 @@ def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as a worker does; it serves all peers
     sys.exit(main())

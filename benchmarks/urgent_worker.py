@@ -35,14 +35,11 @@ def through_workers(samples: int, seed: int) -> dict[str, dict[str, list[float]]
     """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker."""
     with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
         options = ["--concurrency", str(HELD), "--max-units", str(2 * PACK * (SIDE // 8) ** 2)]
-        bench = Bench(Path(folder), stack, [os.cpu_count() or 1], options)
+        bench = Bench(Path(folder), stack, options)
         found = {}
-        for ways in bench.ways.values():
-            for lane in LANES:
-                service = ways[lane]
-                assert isinstance(service, Service)
+        for lane in LANES:
+            with bench.service(lane, os.cpu_count() or 1) as service:
                 found[lane] = latencies(service, samples, random.Random(seed))
-                service.stop()
         return found
 
 

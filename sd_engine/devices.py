@@ -62,7 +62,8 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of activations where weights rest in `dtype`: float32 on a CPU without units for that one.
 
     Such a CPU computes half precision step by step, eight times as slow as float32 (matrix products and convolutions,
-    AVX2). To widen large weights at each call is, computed from the time of one, 0.7 s of SD 1.5's, whatever its rows.
+    AVX2). Widening the large weights takes 0.7 s of each call of SD 1.5's U-Net, whatever its rows (computed from one
+    layer's time).
     """
     return torch.float32 if device.type == "cpu" and not computes(dtype) else dtype
 

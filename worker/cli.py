@@ -20,6 +20,7 @@ import click
 from worker import THIS_WORKER
 from worker.exit_codes import DONE
 from worker.lifeline import Lifeline
+from worker.memory import keep_freed_memory
 from worker.told import told_in_a_sentence
 
 MAX_SECONDS = 86400.0  # beyond a day it is a slip, and somewhere more than a clock can count
@@ -122,9 +123,11 @@ def worker(
 ) -> None:
     """Render queued jobs until told to leave (SIGTERM or Ctrl-C)."""
     lifeline = Lifeline.from_environment()
+    alone = no_supervisor or lifeline is not None
+    if alone:
+        keep_freed_memory()
     if lifeline is not None:
         lifeline.start()  # before anything that can hang, or take long to import
-    alone = no_supervisor or lifeline is not None
     lease_s, beat_s = options["lease_seconds"], options["heartbeat_seconds"]
     if beat_s is not None and beat_s > lease_s / 2:
         raise click.BadParameter(

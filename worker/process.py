@@ -24,7 +24,7 @@ from worker.lifeline import Lifeline
 from worker.liveness import Liveness, patience_for
 from worker.lookout import Lookout
 from worker.means import Means
-from worker.memory import keep_freed_memory
+from worker.memory import give_back_freed_memory
 from worker.periodic import Periodic
 from worker.preflight import Services
 from worker.slots import Slots
@@ -119,13 +119,13 @@ class _Worker:
 
     def run(self) -> int:
         """Everything from the models to the last thread; see ``run`` of this module."""
-        keep_freed_memory()
         self._drain.install_signal_handlers()
         self._drain.start()
         if self._lifeline is not None:
             self._lifeline.tell(lambda: self._drain.request("the supervisor is gone"))
         self._engine.start()
         workshop = self._engine.ready.result()
+        give_back_freed_memory()
         self._app = app = self._make_app(workshop)
         deps = self._deps(workshop)
         register(app, lambda job_id: render(job_id, deps))
