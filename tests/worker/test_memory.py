@@ -1,8 +1,10 @@
 """What the engine's thread frees serves its next request."""
 
+import itertools
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,47 @@ print(found[1])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+ARENAS = """
+import threading
+together = threading.Barrier(5)
+def work() -> None:
+    kept = bytearray(10_000)
+    together.wait()
+    together.wait()
+for _ in range(4):
+    threading.Thread(target=work).start()
+together.wait()
+print("ready", flush=True)
+input()
+together.wait()
+"""
+_HEAP = 64 * 2**20
+
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+
+
+def arenas_of_threads(pid: int) -> int:
+    """Of a process, as its maps show them: parts of 64 MB at such addresses, used first and reserved behind that."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    spans = [
+        (int(line[0].split("-")[0], 16), int(line[0].split("-")[1], 16), line[1]) for line in lines if len(line) == 5
+    ]
+    return sum(
+        (used, reserved) == ("rw-p", "---p") and middle == again and began % _HEAP == ended % _HEAP == 0
+        for (began, middle, used), (again, ended, reserved) in itertools.pairwise(spans)
+    )
+
+
+@glibc_only
+def test_arenas_of_threads_are_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", ARENAS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert arenas_of_threads(child.pid) > 0
+        child.communicate(b"\n")
+
+
+@glibc_only
 def test_a_thread_does_not_fault_the_pages_of_its_maps_in_anew() -> None:
     usual, kept = (
         int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)

@@ -13,6 +13,7 @@ import pytest
 
 from jobs import Settings
 from tests.integration.processes import PATIENCE_S, process, tail, wait_until
+from tests.worker.test_memory import arenas_of_threads, glibc_only
 
 ROOT = Path(__file__).parents[2]
 # A demo that is killed, and its worker: tells by a FIFO that it was left alone.
@@ -59,6 +60,14 @@ def is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@glibc_only
+def test_all_threads_of_a_worker_take_their_memory_where_the_engine_does(with_tiny: Settings, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with worker_command(with_tiny, log):
+        wait_until(lambda: len(ready_pids(log)) == 1, "a worker", log)
+        assert arenas_of_threads(ready_pids(log)[0]) == 0
 
 
 def test_a_killed_worker_is_started_again_and_many_signals_make_one_orderly_end(
