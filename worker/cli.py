@@ -125,7 +125,7 @@ def worker(
     lifeline = Lifeline.from_environment()
     alone = no_supervisor or lifeline is not None
     if alone:
-        keep_freed_memory()
+        keep_freed_memory()  # before the first thread
     if lifeline is not None:
         lifeline.start()  # before anything that can hang, or take long to import
     lease_s, beat_s = options["lease_seconds"], options["heartbeat_seconds"]

@@ -46,6 +46,22 @@ print("ready", flush=True)
 input()
 together.wait()
 """
+GIVEN_BACK = """
+import pathlib
+from worker.memory import give_back_freed_memory, keep_freed_memory
+assert keep_freed_memory()
+
+def resident_kb() -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+blocks = [bytearray(b"x" * 2**20) for _ in range(200)]
+last = blocks.pop()
+blocks.clear()
+kept = resident_kb()
+give_back_freed_memory()
+print(kept - resident_kb())
+"""
 _HEAP = 64 * 2**20
 
 glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
@@ -79,3 +95,9 @@ def test_a_thread_does_not_fault_the_pages_of_its_maps_in_anew() -> None:
         for how in ("usual", "kept")
     )
     assert kept < usual / 10  # 0 were seen beside 33 thousand; how many the usual ones are depends on the size of pages
+
+
+@glibc_only
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 150 * 1024  # of 199 MB, below a block that is still in use
