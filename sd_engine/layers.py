@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd_engine import winograd
+from sd_engine import prepacking, winograd
+from sd_engine.attention import attend
+from sd_engine.prepacking import MadeOf
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -46,7 +48,15 @@ def laid_out(x_BCHW: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix product in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
+    """A matrix product in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`).
+
+    sparing: keep nothing beside the weights.
+    """
+
+    def __init__(self, width_in: int, width_out: int, bias: bool = True):
+        super().__init__(width_in, width_out, bias)
+        self.sparing = False
+        self._made = MadeOf()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width in] -> [..., width out]."""
@@ -54,15 +64,42 @@ class Linear(nn.Linear):
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The product for several calls in a row, so that weights are widened once; without the hooks of a call."""
-        return partial(F.linear, weight=self.weight.to(dtype), bias=self.bias)
+        return _product(self.weight, self.bias, dtype, None if self.sparing else self._made)
+
+
+def _product(
+    weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, kept: MadeOf | None
+) -> Callable[[Tensor], Tensor]:
+    """[..., I] -> [..., O] in that dtype. kept: where the weight's own layout is kept from call to call, if anywhere."""
+    if not prepacking.serves(weight_OI.device, dtype):
+        return partial(F.linear, weight=weight_OI.to(dtype), bias=bias_O)
+    if kept is None:
+        return partial(prepacking.linear, weight=weight_OI.to(dtype), bias_O=bias_O)
+    prepacked = kept.get(weight_OI, dtype, lambda: prepacking.prepacked_linear(weight_OI.to(dtype)))
+    return partial(prepacking.linear, weight=prepacked, bias_O=bias_O)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
+    """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`).
+
+    sparing: keep nothing beside the weights.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, side: int, *, stride: int = 1, padding: int = 0):
+        super().__init__(channels_in, channels_out, side, stride=stride, padding=padding)
+        self.sparing = False
+        self._made = MadeOf()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels in, H, W] -> [B, channels out, ...]."""
-        return self._conv_forward(x_BCHW, self.weight.to(x_BCHW.dtype), self.bias)
+        weight, dtype = self.weight, x_BCHW.dtype
+        if self.sparing or not prepacking.serves(x_BCHW.device, dtype):
+            return self._conv_forward(x_BCHW, weight.to(dtype), self.bias)
+        geometry = self.stride[0], int(self.padding[0])
+        convolve = self._made.get(
+            weight, dtype, lambda: prepacking.prepacked_convolution(weight.to(dtype), *geometry)
+        )
+        return convolve(x_BCHW, self.bias)
 
 
 class Conv3x3(Conv2d):
@@ -74,8 +111,6 @@ class Conv3x3(Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self.sparing = False
-        self._filters: dict[winograd.Form, tuple[tuple[int, int], winograd.Filters]] = {}
 
     def forward(self, x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]; shift: added to every cell, [B, channels_out]."""
@@ -85,16 +120,8 @@ class Conv3x3(Conv2d):
             return out_BCHW if shift_BC is None else out_BCHW + shift_BC[:, :, None, None]
         assert self.bias is not None
         bias = self.bias if shift_BC is None else self.bias + shift_BC
-        return winograd.convolve(x_BCHW, self._filters_of(form), bias)
-
-    def _filters_of(self, form: winograd.Form) -> winograd.Filters:
-        weight = self.weight
-        # Weights may be loaded or trained anew: then they have another place in memory, or another version.
-        made_of = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-        kept = self._filters.get(form)
-        if kept is None or kept[0] != made_of:
-            kept = self._filters[form] = (made_of, winograd.Filters.of(weight, form))
-        return kept[1]
+        filters = self._made.get(self.weight, form, lambda: winograd.Filters.of(self.weight, form))
+        return winograd.convolve(x_BCHW, filters, bias)
 
 
 def lay_out_weights(module: nn.Module, dtype: torch.dtype) -> None:
@@ -112,9 +139,9 @@ def lay_out_weights(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def spare_memory(module: nn.Module, sparing: bool) -> None:
-    """Whether the convolutions of a module do without what would make them fast at the cost of memory."""
+    """Whether the layers of a module do without what would make them fast at the cost of memory."""
     for layer in module.modules():
-        if isinstance(layer, Conv3x3):
+        if isinstance(layer, Linear | Conv2d):
             layer.sparing = sparing
 
 
@@ -126,8 +153,9 @@ class Pointwise(Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
-        weight_OC = self.weight.flatten(1).to(x_BCHW.dtype)
-        return F.linear(x_BCHW.permute(0, 2, 3, 1), weight_OC, self.bias).permute(0, 3, 1, 2)
+        kept = None if self.sparing else self._made
+        product = _product(self.weight.flatten(1), self.bias, x_BCHW.dtype, kept)
+        return product(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):
@@ -181,7 +209,7 @@ class Attention(nn.Module):
         """[B, N, D], and keys and values [R, G, T, K] of one run of rows after the other, B in all -> [B, N, D]."""
         queries_BGNK = self._split(self.to_q(x_BND))
         parts = queries_BGNK.split([len(keys) for keys, _ in runs])
-        mixed = [F.scaled_dot_product_attention(q, k, v) for q, (k, v) in zip(parts, runs, strict=True)]
+        mixed = [attend(q, k, v) for q, (k, v) in zip(parts, runs, strict=True)]
         mixed_BGNK = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         return self.to_out(mixed_BGNK.transpose(1, 2).flatten(2))
 

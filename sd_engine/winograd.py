@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sd_engine import prepacking
+
 # Below these the maps at both ends cost more than the multiplications that are saved (two cores with AVX2).
 _LEAST_CHANNELS = 128
 _LEAST_CELLS = 36
@@ -91,9 +93,12 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     """The form that is fastest for this convolution; None where the plain one is, or where no form may stand for it.
 
     Half precision would lose what it has left in the maps, and a GPU's own library chooses by itself. Training wants
-    gradients, of weights that change with every step.
+    gradients, of weights that change with every step. With AVX-512 the plain sum over prepacked weights is as fast, for
+    the maps at both ends gain little by wider instructions.
     """
     if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
+        return None
+    if prepacking.serves(x_UCHW.device, x_UCHW.dtype):
         return None
     cells, channels = x_UCHW.shape[2] * x_UCHW.shape[3], min(weight_OC33.shape[:2])
     if channels < _LEAST_CHANNELS or cells < (_LEAST_CELLS_WIDE if channels >= _WIDE else _LEAST_CELLS):

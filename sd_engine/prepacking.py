@@ -1,0 +1,84 @@
+"""Matrix products and convolutions by oneDNN, over weights in the layouts that its kernels read ("prepacked").
+
+For CPUs with AVX-512. PyTorch gives products of float32 to MKL, which leaves AVX-512 unused on other makers' CPUs (2 to
+2.5 times as slow, measured on AMD's Zen 5), and oneDNN turns plain weights anew at each call: on small maps, half of the
+time.
+
+The operators are those that PyTorch's own compiler (inductor) calls for the same purpose; where a version of PyTorch has
+them no more, its usual ones compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sd_engine.devices import computes
+
+_T = TypeVar("_T")
+_OPERATORS = (
+    "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight",
+)  # fmt: skip
+
+
+class MadeOf:
+    """What was made of a weight, at its first use, and is kept until the weight changes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[int, int], Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MadeOf:
+        return MadeOf()  # a copied module has weights of its own
+
+    def get(self, weight: Tensor, what: Hashable, make: Callable[[], _T]) -> _T:
+        """What `make` returns, or did when it was last called for `what`."""
+        # Weights may be loaded or trained anew: then they have another place in memory, or another version.
+        made_of = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        kept = self._kept.get(what)
+        if kept is None or kept[0] != made_of:
+            kept = self._kept[what] = (made_of, make())
+        made: _T = kept[1]
+        return made
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a computation without gradients on this device, in this dtype, goes by prepacked weights."""
+    return device.type == "cpu" and not torch.is_grad_enabled() and _prepacks(dtype)
+
+
+@cache
+def _prepacks(dtype: torch.dtype) -> bool:
+    there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+    return there and dtype != torch.float16 and torch.backends.cpu.get_cpu_capability() == "AVX512" and computes(dtype)
+
+
+def prepacked_linear(weight_OI: Tensor) -> Tensor:
+    """A weight [out, in] for `linear`, opaque to any other operator."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+    """[..., in] -> [..., out]. weight: a prepacked one, or as it is."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
+    return out
+
+
+def prepacked_convolution(weight_OCyx: Tensor, stride: int, padding: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The convolution of maps [B, C, H, W] in the channels-last layout, with a bias [O] or none, by this weight."""
+    geometry: tuple[list[int], list[int], list[int], int] = ([padding] * 2, [stride] * 2, [1, 1], 1)
+    reorder, convolve = torch.ops.mkldnn._reorder_convolution_weight, torch.ops.mkldnn._convolution_pointwise
+    packed = reorder(weight_OCyx.contiguous(), *geometry, None)
+    return partial(_convolved, convolve, packed, geometry)
+
+
+def _convolved(convolve: Any, packed: Tensor, geometry: Any, x_BCHW: Tensor, bias_O: Tensor | None) -> Tensor:
+    out_BOHW: Tensor = convolve(x_BCHW, packed, bias_O, *geometry, "none", [], "")
+    return out_BOHW
