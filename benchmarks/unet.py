@@ -9,8 +9,8 @@
 SD 1.5's size, random weights, the same for all. The peers take turns, so that what else the machine does meets all of
 them; medians and their spread are told. Prints a table and writes `benchmarks/results/unet.json` (of bfloat16
 `unet_bf16.json`) and a plot. The ceiling is that of the dtype that ours computes in: on a CPU without units for
-bfloat16 that is float32. Every prediction is compared with the reference's: a fast wrong one would be told with exit
-code 1.
+bfloat16 that is float32. Every prediction is compared with the reference's: one that is far off is told, of ours
+with exit code 1.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.gpu_model import full, row_flops
 from benchmarks.plots import bars
 from benchmarks.report import RESULTS, write
 from benchmarks.unet_peers import FULL, QUICK, Forward, Inputs, Peers
+from sd_engine import prepacking
 from sd_engine.devices import DTYPES, working_dtype
 from worker.memory import keep_freed_memory
 
@@ -43,14 +44,18 @@ BARS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 REFERENCE = ("eager", "channels-last", "compiled")
 
 
+@torch.inference_mode()
 def ceiling(dtype: torch.dtype, quick: bool) -> dict[str, float]:
-    """TFLOP/s of a large matrix product and of a U-Net's typical convolution, the best of some."""
+    """TFLOP/s of a large matrix product, by the better of PyTorch's libraries, and of a U-Net's typical convolution."""
     side, channels, cells = (256, 32, 16) if quick else (2048, 640, 32)
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     x = torch.randn(2, channels, cells, cells).to(dtype).contiguous(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).requires_grad_(False)
+    products: list[Callable[[], object]] = [lambda: a @ b]
+    if prepacking.serves(a.device, dtype):
+        products.append(lambda: prepacking.linear(a, b, None))
     return {
-        "matmul": 2 * side**3 / _fastest(lambda: a @ b) / 1e12,
+        "matmul": 2 * side**3 / min(map(_fastest, products)) / 1e12,
         "convolution": 2 * 9 * 2 * channels**2 * cells**2 / _fastest(lambda: conv(x)) / 1e12,
     }
 
@@ -161,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(found)
         lines += found
     peers.close()
+    # Twice, and the better: a neighbour of this machine would make the ceiling low, and every share of it high.
+    again = ceiling(DTYPES[works_in], args.quick)
+    tops = {name: max(top, again[name]) for name, top in tops.items()}
     return _report(args, lines, dtype, tops)
 
 
@@ -192,8 +200,9 @@ def _report(args: argparse.Namespace, lines: list[dict[str, Any]], dtype: torch.
     write(args.out, result, beside=("diffusers", "openvino"))
     wrong = [line for line in lines if not line["difference"] <= BARS[dtype]]
     for line in wrong:
-        print(f"{line['peer']}: {line['difference']:.1e} from the reference, the bar is {BARS[dtype]:.0e}")
-    return 1 if wrong else 0
+        far = f"{line['difference']:.1e} from the reference, the bar is {BARS[dtype]:.0e}"
+        print(f"{line['peer']}, {line['rows']} rows: {far}")
+    return 1 if any(line["peer"].startswith("ours") for line in wrong) else 0
 
 
 if __name__ == "__main__":

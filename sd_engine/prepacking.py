@@ -1,11 +1,10 @@
 """Matrix products and convolutions by oneDNN, over weights in the layouts that its kernels read ("prepacked").
 
-For CPUs with AVX-512. PyTorch gives products of float32 to MKL, which leaves AVX-512 unused on other makers' CPUs (2 to
-2.5 times as slow, measured on AMD's Zen 5), and oneDNN turns plain weights anew at each call: on small maps, half of the
-time.
+For CPUs with AVX-512. PyTorch gives products of float32 to MKL, which takes 2 to 2.5 times as long there (measured on
+AMD's Zen 5 alone), and oneDNN turns plain weights anew at each call: on small maps that is half of the time.
 
-The operators are those that PyTorch's own compiler (inductor) calls for the same purpose; where a version of PyTorch has
-them no more, its usual ones compute.
+The operators are those that PyTorch's own compiler (inductor) calls for the same purpose; where a version of PyTorch
+has them no more, its usual ones compute.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _prepacks(dtype: torch.dtype) -> bool:
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
-    return there and dtype != torch.float16 and torch.backends.cpu.get_cpu_capability() == "AVX512" and computes(dtype)
+    known = dtype in (torch.float32, torch.bfloat16)
+    return there and known and torch.backends.cpu.get_cpu_capability() == "AVX512" and computes(dtype)
 
 
 def prepacked_linear(weight_OI: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sd_engine import load_model, winograd
-from sd_engine.layers import Conv3x3, lay_out_weights, spare_memory
+from sd_engine.layers import Conv2d, Conv3x3, Linear, lay_out_weights, spare_memory
 from sd_engine.winograd import F2, F4, Filters, Form, convolve, form_for
+from tests.engine.prepacked import a_cpu_that_does_not_prepack
 
 # Of the largest difference to the sum in float64, in deviations of the result. 7 digits; F4's maps have entries up to
 # 8, and differences of products that are so much larger than the result lose one digit and a half.
 BARS = {F2: 1e-5, F4: 2e-4}
 FORMS = pytest.mark.parametrize("form", [F2, F4], ids=["F2", "F4"])
 SIDES = st.integers(1, 19)
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_that_chooses_winograd() -> Iterator[None]:
+    with a_cpu_that_does_not_prepack():
+        yield
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -128,12 +136,12 @@ def test_a_model_that_spares_memory_keeps_no_filters() -> None:
     conv, x = Conv3x3(128, 128), noise(1, 128, 8, 8)
     spare_memory(nn.Sequential(conv), True)
     assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
-    assert not conv._filters
+    assert not conv._made
 
 
 def test_the_modes_of_offload_decide_whether_memory_is_spared(tiny_folder: Path) -> None:
     for offload, sparing in (("resident", False), ("idle", True), ("sequential", True)):
         model = load_model(tiny_folder, offload=offload)
-        layers = [layer for layer in model.unet.modules() if isinstance(layer, Conv3x3)]
+        layers = [layer for layer in model.unet.modules() if isinstance(layer, Conv2d | Linear)]
         assert layers
         assert {layer.sparing for layer in layers} == {sparing}
