@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sd_engine import Engine, Model, Request, load_model, shipped_model
+from sd_engine.blocks import KeysValues
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.context import PackContext, join
 from sd_engine.filling import Uninitialized
-from sd_engine.layers import KeysValues
 from sd_engine.model import SD1, Configs
 from sd_engine.row import Row
 from sd_engine.runner import Runner

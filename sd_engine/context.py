@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sd_engine.layers import KeysValues
+from sd_engine.blocks import KeysValues
 from sd_engine.merging import Merging
 
 

@@ -14,19 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_engine.blocks import Attention, Downsample, ResBlock, Upsample, timestep_embedding
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
-from sd_engine.layers import (
-    Attention,
-    Conv2d,
-    Downsample,
-    Linear,
-    Pointwise,
-    ResBlock,
-    Upsample,
-    laid_out,
-    timestep_embedding,
-)
+from sd_engine.layers import Conv2d, Linear, Pointwise, laid_out
 from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_engine.blocks import Attention, Downsample, ResBlock, Upsample
 from sd_engine.config import VaeConfig
-from sd_engine.layers import Attention, Conv2d, Downsample, ResBlock, Upsample, laid_out
+from sd_engine.layers import Conv2d, laid_out
 
 _EPS = 1e-6  # every GroupNorm of the VAE; PyTorch's default 1e-5 would give other pictures
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0

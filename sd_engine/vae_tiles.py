@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sd_engine.layers import Downsample, ResBlock, Upsample
+from sd_engine.blocks import Downsample, ResBlock, Upsample
 from sd_engine.vae import Decoder, Encoder, Level
 
 # Side of a tile, in the cells that a layer gives: enough to keep a device busy, and no more of its memory than what

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_engine.blocks import Attention, ResBlock
 from sd_engine.clip import ClipTextEncoder
-from sd_engine.layers import Attention, ResBlock
 from sd_engine.schedules import NoiseSchedule
 from sd_engine.tokenizer import Tokenizer
 from sd_engine.training.drawings import draw_scene_at_random, paint

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_engine.blocks import ResBlock
 from sd_engine.config import VaeConfig
-from sd_engine.layers import ResBlock
 from sd_engine.training.drawings import draw_scene_at_random, paint
 from sd_engine.training.loop import Notes, start_convolutions, train
 from sd_engine.vae import Vae

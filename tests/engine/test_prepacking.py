@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sd_engine import prepacking
-from sd_engine.layers import Conv2d, Conv3x3, Downsample, Linear, Pointwise, Upsample, laid_out, spare_memory
+from sd_engine.blocks import Downsample, Upsample
+from sd_engine.layers import Conv2d, Conv3x3, Linear, Pointwise, laid_out, spare_memory
 from tests.engine.prepacked import a_cpu_that_prepacks
 
 # Of the largest difference to the sum in float64, in deviations of the result: some hundred roundings of 24 bits, or
