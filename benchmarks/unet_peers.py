@@ -27,6 +27,7 @@ from sd_engine.devices import working_dtype
 from sd_engine.keymaps import DIFFUSERS_UNET
 from sd_engine.layers import lay_out_weights
 from sd_engine.unet import UNet
+from tests.engine.prepacked import a_cpu_that_does_not_prepack
 from tests.engine.reference import pour
 
 FULL: dict[str, Any] = {
@@ -136,10 +137,11 @@ def _ours(config: Mapping[str, Any], reference: Any) -> UNet:
 
 
 def _plainly(ours: UNet) -> Forward:
-    """Ours without Winograd's algorithm: what it alone is worth."""
+    """Ours without Winograd's algorithm and without prepacked weights: what these are worth."""
 
     def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
-        with mock.patch.object(winograd, "form_for", return_value=None):
+        # Without prepacked weights too: they stand in the place of Winograd's filters.
+        with mock.patch.object(winograd, "form_for", return_value=None), a_cpu_that_does_not_prepack():
             prediction_UCHW: Tensor = ours(x_UCHW, t_U, text_UTD)
         return prediction_UCHW
 

@@ -3,8 +3,8 @@
 That one was not seen to compute faster in bfloat16 than in float32 on a CPU with AVX-512's products of bfloat16 (two
 cores of AMD's Zen 5): it reached a sixth of what plain products do. Here a block of scores stays in the caches, and
 becomes weights in one pass: powers of two, not yet divided by their sums. The largest score of a row is not taken off
-first, for a float holds any power as exactly as another. Where sums leave the range of its exponent, which takes scores
-beyond some seventy, PyTorch's kernel computes that head.
+first, for a float holds any power as exactly as another. A head whose sums are too large or too small goes by PyTorch's
+kernel after all: there weights would leave the range of the exponent, or scores in bfloat16 would be too coarse.
 
 Legend of the shape suffixes: B batch, G attention heads, N queries, T keys, K width of a head, H heads of all rows,
 P a little more than K: the values, and ones that give the sum of their weights.
@@ -13,7 +13,6 @@ P a little more than K: the values, and ones that give the sum of their weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,9 @@ _SCORES_A_THREAD = 2**20
 _LANES = 16
 # In float32 each head is computed by itself, which few scores are not worth.
 _LEAST_SCORES_FP32 = 2**17
-# Sums of weights between these came of weights that neither overflowed nor lost digits, in bfloat16 as in float32.
-_LEAST_SUM, _LARGEST_SUM = 2.0**-100, 2.0**100
+# The largest exponent of a sum, and the least, negated. float32: no weight overflows or loses digits. bfloat16: scores
+# below 32 are rounded by a sixteenth at most, so weights by 4 %; those that they are made of are as coarse.
+_EXPONENTS = {torch.float32: 100, torch.bfloat16: 32}
 
 
 def attend(q_BGNK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
@@ -39,6 +39,7 @@ def attend(q_BGNK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
 
 
 def _products_pay(q_BGNK: Tensor, k_BGTK: Tensor) -> bool:
+    # Where there are matrix units PyTorch's kernel uses them; blocks of products were seen to take twice its time.
     if not prepacking.serves(q_BGNK.device, q_BGNK.dtype) or torch.cpu._is_amx_tile_supported():
         return False
     return q_BGNK.dtype == torch.bfloat16 or q_BGNK.shape[2] * k_BGTK.shape[2] >= _LEAST_SCORES_FP32
@@ -50,11 +51,13 @@ def by_products(q_BGNK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
     q_HNK = (q_BGNK * (math.log2(math.e) * width**-0.5)).flatten(0, 1)
     k_HTK, v_HTP = k_BGTK.flatten(0, 1).contiguous(), _with_ones(v_BGTK).flatten(0, 1)
     out_HNP = q_HNK.new_empty(*q_HNK.shape[:2], v_HTP.shape[2])
-    for q, k, v, out in _blocks(q_HNK, k_HTK, v_HTP, out_HNP):
-        _sum_values(q, k, v, out)
+    heads, rows = _block(q_BGNK, k_BGTK.shape[2])
+    for q, k, v, out in zip(*(each.split(heads) for each in (q_HNK, k_HTK, v_HTP, out_HNP)), strict=True):
+        for q_rows, out_rows in zip(q.split(rows, 1), out.split(rows, 1), strict=True):
+            _sum_values(q_rows, k, v, out_rows)
     out_BGNP = out_HNP.unflatten(0, q_BGNK.shape[:2])
     mixed_BGNK = out_BGNP[..., :width] / out_BGNP[..., width : width + 1]
-    for head in _out_of_range(out_BGNP[..., width]):
+    for head in _out_of_range(out_BGNP[..., width]):  # four dimensions, else PyTorch would hold all scores
         mixed_BGNK[head] = F.scaled_dot_product_attention(q_BGNK[head], k_BGTK[head], v_BGTK[head])
     return mixed_BGNK
 
@@ -68,15 +71,14 @@ def _with_ones(v_BGTK: Tensor) -> Tensor:
     return v_BGTP
 
 
-def _blocks(q_HNK: Tensor, k_HTK: Tensor, v_HTP: Tensor, out_HNP: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some heads, and some queries of these: as many as make a block of scores."""
-    (_, queries, _), keys, threads = q_HNK.shape, k_HTK.shape[1], torch.get_num_threads()
+def _block(q_BGNK: Tensor, keys: int) -> tuple[int, int]:
+    """How many heads, and how many queries of each, make a block of scores."""
+    (_, of_a_row, queries, _), threads = q_BGNK.shape, torch.get_num_threads()
     most = threads * _SCORES_A_THREAD // keys
-    heads = 1 if q_HNK.dtype == torch.float32 else max(threads, most // queries)
-    rows = max(1, min(queries, most // heads))
-    for q, k, v, out in zip(*(each.split(heads) for each in (q_HNK, k_HTK, v_HTP, out_HNP)), strict=True):
-        for q_rows, out_rows in zip(q.split(rows, 1), out.split(rows, 1), strict=True):
-            yield q_rows, k, v, out_rows
+    heads = 1 if q_BGNK.dtype == torch.float32 else max(threads, most // queries)
+    if threads == 1:  # for the sake of bits (`one_thread`): no block is shared by rows, and each is cut alike
+        heads = max(divisor for divisor in range(1, of_a_row + 1) if of_a_row % divisor == 0 and divisor <= heads)
+    return heads, max(1, min(queries, most // heads))
 
 
 def _sum_values(q_HNK: Tensor, k_HTK: Tensor, v_HTP: Tensor, out_HNP: Tensor) -> None:
@@ -88,8 +90,8 @@ def _sum_values(q_HNK: Tensor, k_HTK: Tensor, v_HTP: Tensor, out_HNP: Tensor) ->
         torch.bmm(torch.bmm(q_HNK, k_HTK.transpose(1, 2)).exp2_(), v_HTP, out=out_HNP)
 
 
-def _out_of_range(sums_BGN: Tensor) -> list[tuple[int, int]]:
+def _out_of_range(sums_BGN: Tensor) -> list[tuple[slice, slice]]:
     """The heads in which a sum, or what it is of, may have lost digits."""
-    least, most = sums_BGN.aminmax(dim=-1)
-    safe_BG = (least >= _LEAST_SUM) & (most <= _LARGEST_SUM)  # neither is true of what is not a number
-    return [(b, g) for b, g in (~safe_BG).nonzero().tolist()]
+    (least, most), bound = sums_BGN.aminmax(dim=-1), 2.0 ** _EXPONENTS[sums_BGN.dtype]
+    safe_BG = (least >= 1 / bound) & (most <= bound)  # neither is true of what is not a number
+    return [(slice(b, b + 1), slice(g, g + 1)) for b, g in (~safe_BG).nonzero().tolist()]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sd_engine.halving import is_out_of_memory
+from sd_engine.layers import spare_memory
 from sd_engine.model import Model
 from sd_engine.request import Decoder
 from sd_engine.row import Lane, Row
@@ -141,6 +142,7 @@ def _in_float32(vae: Vae) -> Vae:
     """A copy for the time of a call: the weights of the model itself are never touched."""
     with torch.device("meta"):
         wide = Vae(vae.config)
+    spare_memory(wide, True)  # for a call or a few: what is kept for later ones would not be used
     wide.load_state_dict({name: tensor.float() for name, tensor in vae.state_dict().items()}, assign=True)
     return wide.requires_grad_(False).eval()
 

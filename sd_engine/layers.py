@@ -64,7 +64,7 @@ def _product(
         return partial(F.linear, weight=weight_OI.to(dtype), bias=bias_O)
     if kept is None:
         return partial(prepacking.linear, weight=weight_OI.to(dtype), bias_O=bias_O)
-    prepacked = kept.get(weight_OI, dtype, lambda: prepacking.prepacked_linear(weight_OI.to(dtype)))
+    prepacked = kept.get(weight_OI, dtype, lambda: prepacking.prepacked_weight(weight_OI.to(dtype)))
     return partial(prepacking.linear, weight=prepacked, bias_O=bias_O)
 
 
@@ -119,7 +119,7 @@ class Conv3x3(Conv2d):
         """Of the map enlarged to twice its sides (nearest): [B, channels_in, H, W] -> [B, channels_out, 2H, 2W].
 
         The cells of an enlarged map come in fours: each of the four places sees 2 x 2 cells of the small map, by sums
-        of the weights, which are 16 multiplications instead of 36.
+        of the weights, which are 16 multiplications instead of 36. Without the hooks of a call.
         """
         height, width = x_BCHW.shape[2:]
         if not prepacking.serves(x_BCHW.device, x_BCHW.dtype):
@@ -162,7 +162,8 @@ def lay_out_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Bring small weights into the dtype that a CPU computes in, and plain convolutions' into the layout of their maps.
 
     Else each call does so anew, as it does for the large ones: these are nearly all of a model, loading would take
-    longer, and they would no longer lie in the pages of its file. Winograd's algorithm stands for most of them.
+    longer, and they would no longer lie in the pages of its file. For most of them stands what Winograd's algorithm or
+    prepacking made of them.
     """
     for parameter in module.parameters():
         if parameter.ndim < 2 or parameter.numel() <= _SMALLEST:

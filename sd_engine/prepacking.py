@@ -25,16 +25,19 @@ _OPERATORS = (
 
 
 class MadeOf:
-    """What was made of a weight, at its first use, and is kept until the weight changes."""
+    """What was made of a weight, at its first use, and is kept until the weight changes.
+
+    A change through `.data`, or of a tensor made in inference mode, goes unnoticed: PyTorch counts no versions there.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[tuple[int, int], Any]] = {}
+        self._kept: dict[Hashable, tuple[tuple[int, int], Any, torch.UntypedStorage]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MadeOf:
-        return MadeOf()  # a copied module has weights of its own
+    def __reduce__(self) -> tuple[type[MadeOf], tuple[()]]:
+        return MadeOf, ()  # a module that is copied or pickled has weights of its own there
 
     def get(self, weight: Tensor, what: Hashable, make: Callable[[], _T]) -> _T:
         """What `make` returns, or did when it was last called for `what`."""
@@ -42,7 +45,8 @@ class MadeOf:
         made_of = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
         kept = self._kept.get(what)
         if kept is None or kept[0] != made_of:
-            kept = self._kept[what] = (made_of, make())
+            # The storage is held, so that no later weight can get its place in memory.
+            kept = self._kept[what] = (made_of, make(), weight.untyped_storage())
         made: _T = kept[1]
         return made
 
@@ -59,7 +63,7 @@ def _prepacks(dtype: torch.dtype) -> bool:
     return there and known and torch.backends.cpu.get_cpu_capability() == "AVX512" and computes(dtype)
 
 
-def prepacked_linear(weight_OI: Tensor) -> Tensor:
+def prepacked_weight(weight_OI: Tensor) -> Tensor:
     """A weight [out, in] for `linear`, opaque to any other operator."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), None)
     return packed

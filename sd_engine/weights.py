@@ -136,7 +136,6 @@ def filled_model(
             fill(model.modules[part.component], part, *place.at_rest(part.component))
         for module in model.modules.values():
             _make_ready(module, place)
-            spare_memory(module, place.offload != "resident")
     pin(model.modules, model.device, model.offload)
     return model
 
@@ -144,6 +143,7 @@ def filled_model(
 def _make_ready(module: nn.Module, place: Place) -> None:
     """Freeze a filled module; on a CPU its small weights become what it computes with."""
     module.eval().requires_grad_(False)
+    spare_memory(module, place.offload != "resident")
     if place.device.type == "cpu":
         lay_out_weights(module, place.works_in)
 

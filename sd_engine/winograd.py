@@ -93,8 +93,8 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     """The form that is fastest for this convolution; None where the plain one is, or where no form may stand for it.
 
     Half precision would lose what it has left in the maps, and a GPU's own library chooses by itself. Training wants
-    gradients, of weights that change with every step. With AVX-512 the plain sum over prepacked weights is as fast, for
-    the maps at both ends gain little by wider instructions.
+    gradients, of weights that change with every step. With AVX-512 (AMD's Zen 5) the plain sum over prepacked weights
+    was as fast, for the maps at both ends gain little by wider instructions.
     """
     if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
         return None

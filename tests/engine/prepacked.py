@@ -9,7 +9,7 @@ import torch
 
 
 def a_cpu_that_prepacks() -> AbstractContextManager[object]:
-    """oneDNN's operators work on any x86 CPU, if not always fast."""
+    """oneDNN's operators work on any x86 CPU, if not always fast; in bfloat16 where it says so."""
     return mock.patch("sd_engine.prepacking._prepacks", side_effect=lambda dtype: dtype != torch.float16)
 
 

@@ -18,6 +18,7 @@ from sd_engine.devices import computes, working_dtype
 from sd_engine.layers import Conv3x3, Linear, lay_out_weights
 from sd_engine.offload import OFFLOADS
 from tests.engine.half import cpu_with_units, cpu_without_units
+from tests.engine.prepacked import a_cpu_that_does_not_prepack
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -99,9 +100,11 @@ def test_small_weights_are_widened_at_once_and_large_ones_stay_as_in_their_file(
 
 @torch.inference_mode()
 @HALVES
-def test_winograd_s_filters_are_of_the_weights_as_they_rest(dtype: torch.dtype) -> None:
+def test_filters_and_prepacked_weights_are_of_the_weights_as_they_rest(dtype: torch.dtype) -> None:
     resting, widened = Conv3x3(512, 512), Conv3x3(512, 512)
     resting.weight.data = resting.weight.data.to(dtype)
     widened.load_state_dict(resting.state_dict())
     x = torch.randn(1, 512, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resting(x), widened(x))
+    with a_cpu_that_does_not_prepack():
+        assert torch.equal(resting(x), widened(x))
