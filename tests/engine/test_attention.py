@@ -109,10 +109,12 @@ def test_what_is_not_a_number_stays_in_its_row(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_only_where_it_pays(dtype: torch.dtype) -> None:
-    few, many = (heads(1, 1, length, 8, dtype, seed=0) for length in (16, 512))
+    few, some, many = (heads(1, 1, length, 8, dtype, seed=0) for length in (64, 128, 512))
     with mock.patch.object(attention, "by_products", wraps=by_products) as products:
         with mock.patch("torch.cpu._is_amx_tile_supported", return_value=False):
             attend(few, few, few)
+            assert not products.called
+            attend(some, some, some)
             assert products.called is (dtype == torch.bfloat16)
             attend(many, many, many)
             assert products.called
