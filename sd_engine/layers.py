@@ -62,8 +62,8 @@ def _product(
     """[..., I] -> [..., O] in that dtype. kept: where the prepacked weight is kept from call to call, if anywhere."""
     if not prepacking.serves(weight_OI.device, dtype):
         return partial(F.linear, weight=weight_OI.to(dtype), bias=bias_O)
-    if kept is None:
-        return partial(prepacking.linear, weight=weight_OI.to(dtype), bias_O=bias_O)
+    # Prepacked also where it is not kept: several threads round otherwise over plain weights.
+    kept = MadeOf() if kept is None else kept
     prepacked = kept.get(weight_OI, dtype, lambda: prepacking.prepacked_weight(weight_OI.to(dtype)))
     return partial(prepacking.linear, weight=prepacked, bias_O=bias_O)
 

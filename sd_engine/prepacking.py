@@ -52,8 +52,13 @@ class MadeOf:
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a computation without gradients on this device, in this dtype, goes by prepacked weights."""
-    return device.type == "cpu" and not torch.is_grad_enabled() and _prepacks(dtype)
+    """Whether a computation without gradients on this device, in this dtype, goes by prepacked weights.
+
+    Not within `torch.compile`, which prepacks by itself and would trace what is kept here.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return device.type == "cpu" and _prepacks(dtype)
 
 
 @cache

@@ -95,6 +95,7 @@ LAYERS = pytest.mark.parametrize(
     [
         (Linear(8, 6), noise(2, 5, 8)),
         (Linear(320, 1280), noise(2, 64, 320)),
+        (Linear(32, 32), noise(1, 64, 32)),
         (Conv3x3(8, 6), laid_out(noise(2, 8, 5, 6))),
         (Downsample(8, pad_all_sides=True), laid_out(noise(2, 8, 6, 6))),
         (Pointwise(8, 6), laid_out(noise(2, 8, 5, 6))),
