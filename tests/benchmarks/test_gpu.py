@@ -41,7 +41,7 @@ def test_a_compiled_unet_predicts_what_it_did(setup: Setup) -> None:
         plain = gpu_model.predicted(setup, model.unet)
         gpu_model.compile_unet(setup, model.unet)
         compiled = gpu_model.predicted(setup, model.unet)
-    # On a CPU with AVX-512 the compiler takes other kernels than the layers do: some hundred sums are rounded otherwise.
+    # With AVX-512 the compiler takes other kernels than our layers: some hundred sums are rounded otherwise.
     assert gpu_model.relative(compiled, plain) < 1e-5
     assert plain.std() > 0.1, "numbers that vanish on the way would hide any mistake"
 
