@@ -5,9 +5,8 @@ Legend of the shape suffixes: B batch, C channels in, O out, H height, W width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from sd_engine import prepacking, winograd
 from sd_engine.prepacking import MadeOf
-
-_T = TypeVar("_T")
 
 # Numbers of a weight that may lie in memory in another layout than in its file, at no cost that anybody would notice;
 # and of one that may be wider there. In SD 1.5 the latter are a ninetieth of all weights, in small models nearly all.
@@ -37,15 +34,11 @@ def laid_out(x_BCHW: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix product in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`).
-
-    sparing: keep nothing beside the weights.
-    """
+    """A matrix product in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
 
     def __init__(self, width_in: int, width_out: int, bias: bool = True):
         super().__init__(width_in, width_out, bias)
-        self.sparing = False
-        self._made = MadeOf()
+        self.made = MadeOf()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width in] -> [..., width out]."""
@@ -53,33 +46,26 @@ class Linear(nn.Linear):
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The product for several calls in a row, so that weights are widened once; without the hooks of a call."""
-        return _product(self.weight, self.bias, dtype, None if self.sparing else self._made)
+        return _product(self.weight, self.bias, dtype, self.made)
 
 
-def _product(
-    weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, kept: MadeOf | None
-) -> Callable[[Tensor], Tensor]:
-    """[..., I] -> [..., O] in that dtype. kept: where the prepacked weight is kept from call to call, if anywhere."""
+def _product(weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, made: MadeOf) -> Callable[[Tensor], Tensor]:
+    """[..., I] -> [..., O] in that dtype. made: of this weight."""
     if not prepacking.serves(weight_OI.device, dtype):
         return partial(F.linear, weight=weight_OI.to(dtype), bias=bias_O)
     # Prepacked also where it is not kept: several threads round otherwise over plain weights.
-    kept = MadeOf() if kept is None else kept
-    prepacked = kept.get(weight_OI, dtype, lambda: prepacking.prepacked_weight(weight_OI.to(dtype)))
+    prepacked = made.get(weight_OI, dtype, lambda: prepacking.prepacked_weight(weight_OI.to(dtype)))
     return partial(prepacking.linear, weight=prepacked, bias_O=bias_O)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`).
-
-    sparing: keep nothing beside the weights.
-    """
+    """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
 
     def __init__(
         self, channels_in: int, channels_out: int, side: int, *, stride: int = 1, padding: int = 0, bias: bool = True
     ):
         super().__init__(channels_in, channels_out, side, stride=stride, padding=padding, bias=bias)
-        self.sparing = False
-        self._made = MadeOf()
+        self.made = MadeOf()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels in, H, W] -> [B, channels out, ...]."""
@@ -87,18 +73,15 @@ class Conv2d(nn.Conv2d):
         if not prepacking.serves(x_BCHW.device, dtype):
             return self._conv_forward(x_BCHW, weight.to(dtype), self.bias)
         geometry = self.stride[0], int(self.padding[0])
-        convolve = self._kept(dtype, lambda: prepacking.prepacked_convolution(weight.to(dtype), *geometry))
+        convolve = self.made.get(weight, dtype, lambda: prepacking.prepacked_convolution(weight.to(dtype), *geometry))
         return convolve(x_BCHW, self.bias)
-
-    def _kept(self, what: Hashable, make: Callable[[], _T]) -> _T:
-        return make() if self.sparing else self._made.get(self.weight, what, make)
 
 
 class Conv3x3(Conv2d):
     """A 3 x 3 convolution with a rim of zeros; by Winograd's algorithm where that is faster, and equal up to rounding.
 
     The filters of that algorithm are made at the first call and kept beside the weights, at up to four times the memory
-    that these take in float32. sparing: never make them.
+    that these take in float32; where memory is spared (`spare_memory`) they are never made.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -106,13 +89,13 @@ class Conv3x3(Conv2d):
 
     def forward(self, x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]; shift: added to every cell, [B, channels_out]."""
-        form = None if self.sparing else winograd.form_for(self.weight, x_BCHW)
+        form = None if self.made.sparing else winograd.form_for(self.weight, x_BCHW)
         if form is None:
             out_BCHW = super().forward(x_BCHW)
             return out_BCHW if shift_BC is None else out_BCHW + shift_BC[:, :, None, None]
         assert self.bias is not None
         bias = self.bias if shift_BC is None else self.bias + shift_BC
-        filters = self._kept(form, lambda: winograd.Filters.of(self.weight, form))
+        filters = self.made.get(self.weight, form, lambda: winograd.Filters.of(self.weight, form))
         return winograd.convolve(x_BCHW, filters, bias)
 
     def doubled(self, x_BCHW: Tensor) -> Tensor:
@@ -125,7 +108,8 @@ class Conv3x3(Conv2d):
         if not prepacking.serves(x_BCHW.device, x_BCHW.dtype):
             return self(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
         assert self.bias is not None
-        convolve = self._kept(("doubled", x_BCHW.dtype), lambda: _four_places(self.weight, x_BCHW.dtype))
+        make = partial(_four_places, self.weight, x_BCHW.dtype)
+        convolve = self.made.get(self.weight, ("doubled", x_BCHW.dtype), make)
         places_BPOHW = convolve(x_BCHW, self.bias.repeat(4)).unflatten(1, (4, -1))
         out_BOHW = laid_out(x_BCHW.new_empty(len(x_BCHW), len(self.bias), 2 * height, 2 * width))
         for place, (y, x) in enumerate(_PLACES):
@@ -153,8 +137,7 @@ class Pointwise(Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
-        kept = None if self.sparing else self._made
-        product = _product(self.weight.flatten(1), self.bias, x_BCHW.dtype, kept)
+        product = _product(self.weight.flatten(1), self.bias, x_BCHW.dtype, self.made)
         return product(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -177,4 +160,4 @@ def spare_memory(module: nn.Module, sparing: bool) -> None:
     """Whether the layers of a module do without what would make them fast at the cost of memory."""
     for layer in module.modules():
         if isinstance(layer, Linear | Conv2d):
-            layer.sparing = sparing
+            layer.made = MadeOf(sparing)

@@ -28,19 +28,23 @@ class MadeOf:
     """What was made of a weight, at its first use, and is kept until the weight changes.
 
     A change through `.data`, or of a tensor made in inference mode, goes unnoticed: PyTorch counts no versions there.
+    sparing: nothing is kept, it is made anew each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sparing: bool = False) -> None:
+        self.sparing = sparing
         self._kept: dict[Hashable, tuple[tuple[int, int], Any, torch.UntypedStorage]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __reduce__(self) -> tuple[type[MadeOf], tuple[()]]:
-        return MadeOf, ()  # a module that is copied or pickled has weights of its own there
+    def __reduce__(self) -> tuple[type[MadeOf], tuple[bool]]:
+        return MadeOf, (self.sparing,)  # a module that is copied or pickled has weights of its own there
 
     def get(self, weight: Tensor, what: Hashable, make: Callable[[], _T]) -> _T:
         """What `make` returns, or did when it was last called for `what`."""
+        if self.sparing:
+            return make()
         # Weights may be loaded or trained anew: then they have another place in memory, or another version.
         made_of = (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
         kept = self._kept.get(what)

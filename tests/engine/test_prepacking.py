@@ -110,7 +110,7 @@ def test_no_bit_depends_on_whether_memory_is_spared(layer: nn.Module, x: Tensor)
     spared = copy.deepcopy(layer)
     spare_memory(nn.ModuleList([spared]), True)
     assert torch.equal(layer(x), spared(x))
-    assert not any(len(each._made) for each in spared.modules() if isinstance(each, Linear | Conv2d))
+    assert not any(len(each.made) for each in spared.modules() if isinstance(each, Linear | Conv2d))
 
 
 @LAYERS
@@ -123,7 +123,7 @@ def test_weights_that_were_changed_are_noticed(layer: nn.Module, x: Tensor) -> N
     with torch.inference_mode(False), torch.no_grad():
         changed = copy.deepcopy(layer)
         changed(x.clone())
-        assert any(len(each._made) for each in changed.modules() if isinstance(each, Linear | Conv2d))
+        assert any(len(each.made) for each in changed.modules() if isinstance(each, Linear | Conv2d))
         for parameter in changed.parameters():
             parameter.mul_(0.5)
         assert_equal(changed(x.clone()), before.double())
@@ -134,7 +134,7 @@ def test_a_copied_or_pickled_layer_makes_its_own(layer: nn.Module, x: Tensor) ->
     layer(x)
     pickled: nn.Module = pickle.loads(pickle.dumps(layer))  # noqa: S301 (our own)
     copied = nn.ModuleList([copy.deepcopy(layer), pickled])
-    assert not any(len(each._made) for each in copied.modules() if isinstance(each, Linear | Conv2d))
+    assert not any(len(each.made) for each in copied.modules() if isinstance(each, Linear | Conv2d))
 
 
 def test_gradients_other_dtypes_and_other_devices_are_left_to_pytorch() -> None:

@@ -136,7 +136,7 @@ def test_a_model_that_spares_memory_keeps_no_filters() -> None:
     conv, x = Conv3x3(128, 128), noise(1, 128, 8, 8)
     spare_memory(nn.Sequential(conv), True)
     assert_equal(conv(x), exact(x, conv.weight, conv.bias), F2)
-    assert not conv._made
+    assert not conv.made
 
 
 def test_the_modes_of_offload_decide_whether_memory_is_spared(tiny_folder: Path) -> None:
@@ -144,4 +144,4 @@ def test_the_modes_of_offload_decide_whether_memory_is_spared(tiny_folder: Path)
         model = load_model(tiny_folder, offload=offload)
         layers = [layer for layer in model.unet.modules() if isinstance(layer, Conv2d | Linear)]
         assert layers
-        assert {layer.sparing for layer in layers} == {sparing}
+        assert {layer.made.sparing for layer in layers} == {sparing}
