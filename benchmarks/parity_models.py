@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sd_engine import shipped_model
+from sd_engine.convert import convert
 from tests.engine import ldm_names
 from tests.engine.models import own
 
@@ -79,6 +82,15 @@ def write_checkpoint(family: Family, path: Path) -> Path:
     # Each tensor with memory of its own: OpenCLIP's last layer, which nobody reads, stands in as a copy of another.
     save_file(own(ldm_names.checkpoint(*states)), path)
     return path
+
+
+def write_model(family: Family, folder: Path, dtype: torch.dtype) -> Path:
+    """The same as a diffusers folder in that dtype, for both sides."""
+    checkpoint = write_checkpoint(family, folder.with_suffix(".safetensors"))
+    gc.collect()  # the modules that it was made from are as large
+    convert(checkpoint, folder, tokenizer=shipped_model() / "tokenizer", dtype=dtype)
+    checkpoint.unlink()
+    return folder
 
 
 def open_reference(family: Family, folder: Path) -> Any:

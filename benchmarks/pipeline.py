@@ -15,7 +15,6 @@ Prints a table, writes `benchmarks/results/pipeline.json` (of bfloat16 `pipeline
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import tempfile
@@ -34,11 +33,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from benchmarks import plots
 from benchmarks.goals import Goal, as_json, at_least, at_most
 from benchmarks.parity import PICTURE_BAR
-from benchmarks.parity_models import FAMILIES, open_reference, write_checkpoint
+from benchmarks.parity_models import FAMILIES, open_reference, write_model
 from benchmarks.pipeline_turns import GUIDANCE, STEPS, Turn, draw_ours, draw_reference, fastest_layout
 from benchmarks.report import RESULTS, write
 from sd_engine import Model, load_model, shipped_model
-from sd_engine.convert import convert
 from sd_engine.devices import DTYPES, pick_device, working_dtype
 from worker.memory import keep_freed_memory
 
@@ -152,14 +150,10 @@ def mini(args: argparse.Namespace) -> Contest:
 
 
 def sd15(args: argparse.Namespace, folder: Path) -> Iterator[Contest]:
-    """A model of SD 1.5's size, from a checkpoint that is written into the folder, at each size."""
-    family, tokenizer = FAMILIES[0], shipped_model() / "tokenizer"
-    checkpoint = write_checkpoint(family, folder / "sd15.safetensors")
-    gc.collect()
-    convert(checkpoint, folder / "sd15", tokenizer=tokenizer, dtype=torch.float16)
-    checkpoint.unlink()
-    model = load_model(folder / "sd15", args.device, args.dtype)
-    pipeline = open_reference(family, folder / "sd15").to(DTYPES[args.dtype])
+    """A model of SD 1.5's size, written into the folder, at each size."""
+    path = write_model(FAMILIES[0], folder / "sd15", torch.float16)
+    model = load_model(path, args.device, args.dtype)
+    pipeline = open_reference(FAMILIES[0], path).to(DTYPES[args.dtype])
     for side, pack in ((256, 4), (512, 2)):
         if side in args.sides:
             yield _contest(args, SD15, side, model, pipeline, args.sd_steps, args.pack or pack, args.repeats or 1)

@@ -1,16 +1,18 @@
 """`python -m benchmarks.service`: what is left of the engine's speed when a service is built around it.
 
-The same jobs, with the shipped model on the CPU: drawn by the engine alone, and by `nightshift worker` from the queue,
-with database, broker, PNG and storage; embedded (SQLite, a directory) and in production (PostgreSQL, Redis, S3 by
-rclone). By turns of a second (`--turn`), in one run: each is stopped while the others draw. All of it shares the
-machine's cores with the engine, which it would not beside a GPU: so the engine has one thread first, which leaves a
-core to the rest, and then as many as there are cores; and the CPU seconds of the servers and of the worker's other
-threads are told beside the loss.
+The same jobs, on the CPU: drawn by the engine alone, and by `nightshift worker` from the queue, with database, broker,
+PNG and storage; embedded (SQLite, a directory) and in production (PostgreSQL, Redis, S3 by rclone). By turns of a
+second (`--turn`), in one run: each is stopped while the others draw. All of it shares the machine's cores with the
+engine, which it would not beside a GPU: so the engine has one thread first, which leaves a core to the rest, and then
+as many as there are cores; and the CPU seconds of the servers and of the worker's other threads are told beside the
+loss.
 
-Each load is small pictures or large ones: what the service costs is a price a job, so its share is smaller the longer
-the engine takes for one (`engine_ms_per_job`). The shipped model's own size takes it a sixth of a second, far less than
-any picture of Stable Diffusion's. `of_the_fastest_engine` is the rate over that of the bare engine with the number of
-threads that is best for it: what a machine gains or loses that has no core to spare.
+What the service costs is a price a job, so its share is smaller the longer the engine takes for one
+(`engine_ms_per_job`): a tenth to a sixth of a second for the shipped model's own size, far less than for any picture of
+Stable Diffusion's. `--model sd15` draws with random weights of SD 1.5's size. Jobs should be several times as many as a
+worker holds: the engine alone knows all of them at once, and packs the last ones better. `of_the_fastest_engine` is the
+rate over that of the bare engine with the number of threads that is best for it: what a machine gains or loses that has
+no core to spare.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from benchmarks import plots, report
 from benchmarks.goals import Goal, as_json, at_least, spread
 from benchmarks.scale_fleet import cpu_s
 from benchmarks.service_turns import Run, Way, draw_by_turns
-from benchmarks.service_ways import AGAIN, ALONE, LANES, Bench, jobs_of, servers_cpu_s
+from benchmarks.service_ways import AGAIN, ALONE, LANES, Bench, Drawing, jobs_of, servers_cpu_s
+from sd_engine.devices import DTYPES
 
 EXAMPLES = """examples:
-  python -m benchmarks.service                           64 pictures of 96 x 96 and 32 of 256 x 256, 20 steps
+  python -m benchmarks.service                           192 pictures of 96 x 96 and 48 of 256 x 256, 20 steps
+  python -m benchmarks.service --model sd15 --dtype bf16 --loads 256:8 --steps 10
   python -m benchmarks.service --loads 192:24            24 pictures of 192 x 192
   python -m benchmarks.service --quick                   two small jobs, seconds"""
 
@@ -45,15 +49,22 @@ class Load:
     jobs: int
 
 
-def measure(
-    bench: Bench, loads: Sequence[Load], threads: Sequence[int], steps: int, rounds: int, turn_s: float
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """How often everything is drawn, with how many steps a job on average, in turns of so many seconds."""
+
+    count: int
+    steps: int
+    turn_s: float
+
+
+def measure(bench: Bench, loads: Sequence[Load], threads: Sequence[int], rounds: Rounds) -> dict[str, Any]:
     """Each load with each number of threads; workers of one number live at a time."""
     told: dict[str, dict[str, Any]] = {}
     for number in threads:
         with bench.ways(number) as ways:
             for load in loads:
-                told[_named(load, number)] = account(draw(ways, load, steps, rounds, turn_s), load.jobs)
+                told[_named(load, number)] = account(draw(ways, bench.drawing.model, load, rounds), load.jobs)
     for load in loads:
         alike = [told[_named(load, number)] for number in threads]
         best = max(found["images_per_s"][ALONE]["median"] for found in alike)
@@ -67,13 +78,13 @@ def _named(load: Load, threads: int) -> str:
     return f"{load.side} x {load.side}, engine with {threads} threads"
 
 
-def draw(ways: Mapping[str, Way], load: Load, steps: int, rounds: int, turn_s: float) -> dict[str, list[Run]]:
+def draw(ways: Mapping[str, Way], model: str, load: Load, rounds: Rounds) -> dict[str, list[Run]]:
     """By turns, so that what else the machine does meets all of them; the first jobs of each warm it up."""
     runs: dict[str, list[Run]] = {name: [] for name in ways}
-    draw_by_turns(ways, jobs_of(load.jobs, 2, load.side, 0), turn_s, cpu_s, servers_cpu_s)
-    for round_ in range(rounds):
-        jobs = jobs_of(load.jobs, steps, load.side, 1000 * round_)
-        for name, run in draw_by_turns(ways, jobs, turn_s, cpu_s, servers_cpu_s).items():
+    draw_by_turns(ways, jobs_of(load.jobs, 2, load.side, 0, model), rounds.turn_s, cpu_s, servers_cpu_s)
+    for round_ in range(rounds.count):
+        jobs = jobs_of(load.jobs, rounds.steps, load.side, 1000 * round_, model)
+        for name, run in draw_by_turns(ways, jobs, rounds.turn_s, cpu_s, servers_cpu_s).items():
             runs[name].append(run)
     return runs
 
@@ -143,6 +154,17 @@ def _turn(text: str) -> float:
     return float(text)
 
 
+def drawing_of(model: str, dtype: str, folder: Path) -> Drawing:
+    """The shipped model, or one of SD 1.5's size, written into the folder in that dtype, so that all processes share
+    the pages of its file; for float32 as it is usually found, in float16."""
+    if model == "shipped":
+        return Drawing(dtype=dtype)
+    from benchmarks.parity_models import FAMILIES, write_model  # the reference's libraries take seconds to come
+
+    path = write_model(FAMILIES[0], folder / model, DTYPES["fp16" if dtype == "fp32" else dtype])
+    return Drawing(model, str(path), dtype)
+
+
 def _loads(text: str) -> list[Load]:
     return [Load(*map(int, load.split(":"))) for load in text.split(",")]
 
@@ -154,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--loads", type=_loads, default="96:64,256:32", help="SIDE:JOBS,... (default: %(default)s)")
+    parser.add_argument("--model", choices=("shipped", "sd15"), default="shipped", help="sd15: of its size")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of all ways (default: %(default)s)")
+    parser.add_argument("--loads", type=_loads, default="96:192,256:48", help="SIDE:JOBS,... (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of a job on average (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
     parser.add_argument(
@@ -173,18 +197,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", default=",".join(map(str, both)), help="of the engine (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two short jobs, one thread, one round")
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS / "service.json", help="JSON; the plot lies beside it"
+        "--out", type=Path, help="JSON, the plot beside it; default: service.json, or service_sd15.json"
     )
     options = parser.parse_args(arguments)
+    suffix = "" if options.model == "shipped" else f"_{options.model}"
+    options.out = options.out or report.RESULTS / f"service{suffix}.json"
     if options.quick:
         options.loads, options.steps, options.rounds, options.threads = [Load(96, 2)], 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]
     with tempfile.TemporaryDirectory(prefix="nightshift-service-") as folder, ExitStack() as stack:
-        bench = Bench(Path(folder), stack, ["--concurrency", str(options.concurrency)])
-        measured = measure(bench, options.loads, threads, options.steps, options.rounds, options.turn)
+        drawing = drawing_of(options.model, options.dtype, Path(folder))
+        bench = Bench(Path(folder), stack, ["--concurrency", str(options.concurrency)], drawing)
+        measured = measure(bench, options.loads, threads, Rounds(options.rounds, options.steps, options.turn))
     reached = goals(measured)
     print(table(measured, reached))
-    about: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "rounds", "turn", "concurrency")}
+    about: dict[str, Any] = {
+        name: getattr(options, name) for name in ("model", "dtype", "steps", "rounds", "turn", "concurrency")
+    }
     about["loads"] = [asdict(load) for load in options.loads]
     about["servers"] = "SQLite, synchronous=NORMAL; PostgreSQL, fsync=off; Redis; S3 by rclone; all on this machine"
     report.write(options.out, about | {"measured": measured, "goals": as_json(reached)}, beside=("celery", "boto3"))

@@ -1,7 +1,7 @@
-"""One process of `benchmarks.service`: the engine alone with the shipped model, told over its input what to draw.
+"""One process of `benchmarks.service`: the engine alone, told over its input what to draw.
 
-Reads the number of threads, says "ready"; then, for each line of requests, draws them all and writes when it began and
-when it ended.
+Reads its threads, its model (name and folder) and its dtype, says "ready"; then, for each line of requests, draws them
+all and writes when it began and when it ended.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,10 +19,11 @@ from worker.memory import keep_freed_memory
 
 def main() -> None:
     keep_freed_memory()  # as a worker does: what it brings is the engine's gain, not the service's
-    torch.set_num_threads(int(sys.stdin.readline()))
-    engine = Engine(load_model(shipped_model(), torch.device("cpu"), torch.float32))
+    told = json.loads(sys.stdin.readline())
+    torch.set_num_threads(told["threads"])
+    folder = shipped_model() if told["folder"] == "shipped" else Path(told["folder"])
+    engine = Engine({told["model"]: load_model(folder, "cpu", told["dtype"])})
     with torch.inference_mode():
-        engine.render([Request(prompt="warm", seed=1, steps=2)])
         print("ready", flush=True)
         for line in sys.stdin:
             requests = [Request(**fields) for fields in json.loads(line)]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,20 @@ from tests.integration.processes import ROOT, has_line, process, tail, wait_unti
 
 LANES = lanes.LANES
 ALONE, AGAIN = "engine alone", "engine again"
+MINI = "nightshift-mini"
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("star", "circle", "square", "triangle")
 
 
-def jobs_of(count: int, steps: int, side: int, seed: int) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What all ways draw with: the model's name and its folder ("shipped": that of the package), and the dtype."""
+
+    model: str = MINI
+    folder: str = "shipped"
+    dtype: str = "fp32"
+
+
+def jobs_of(count: int, steps: int, side: int, seed: int, model: str = MINI) -> list[dict[str, Any]]:
     """So many different jobs, as both sides take them.
 
     Their steps differ by up to a half either way, as those of a night do: else all would be stored in one moment, while
@@ -33,6 +44,7 @@ def jobs_of(count: int, steps: int, side: int, seed: int) -> list[dict[str, Any]
     """
     return [
         {
+            "model": model,
             "prompt": f"a {COLOURS[i % 4]} {SHAPES[i // 4 % 4]} on a {COLOURS[(i + 1) % 4]} background",
             "seed": seed + i,
             "steps": steps - steps // 2 + 7919 * i % (steps // 2 * 2 + 1),
@@ -46,7 +58,7 @@ def jobs_of(count: int, steps: int, side: int, seed: int) -> list[dict[str, Any]
 class Alone:
     """The engine in a process of its own."""
 
-    def __init__(self, threads: int, stack: ExitStack) -> None:
+    def __init__(self, drawing: Drawing, threads: int, stack: ExitStack) -> None:
         command = [sys.executable, "-m", "benchmarks.service_engine"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
@@ -54,7 +66,7 @@ class Alone:
             subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
         )
         stack.callback(self._process.kill)
-        self._tell(str(threads))
+        self._tell(json.dumps({"threads": threads, **asdict(drawing)}))
         assert self._hear() == "ready"
 
     @property
@@ -144,8 +156,9 @@ def servers_cpu_s() -> float:
 class Bench:
     """Servers, and on them both lanes and the engine alone. options: of every worker's command."""
 
-    def __init__(self, folder: Path, stack: ExitStack, options: Sequence[str]) -> None:
-        self._folder, self._options = folder, options
+    def __init__(self, folder: Path, stack: ExitStack, options: Sequence[str], drawing: Drawing | None = None) -> None:
+        self.drawing = drawing or Drawing()
+        self._folder, self._options = folder, [*options, "--dtype", self.drawing.dtype]
         self._file = lanes.migrated_file(folder)
         self._postgres = stack.enter_context(servers.postgres_server())
         self._database = lanes.migrated_database(self._postgres)
@@ -165,11 +178,14 @@ class Bench:
     def ways(self, threads: int) -> Iterator[dict[str, Alone | Service]]:
         """The engine alone, twice: the second tells how far two equal ways come out apart; and both services."""
         with ExitStack() as stack:
-            made: dict[str, Alone | Service] = {ALONE: Alone(threads, stack)}
+            made: dict[str, Alone | Service] = {ALONE: Alone(self.drawing, threads, stack)}
             made |= {lane: stack.enter_context(self.service(lane, threads)) for lane in LANES}
-            yield made | {AGAIN: Alone(threads, stack)}
+            yield made | {AGAIN: Alone(self.drawing, threads, stack)}
 
     def _settings(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
+        return self._place(lane, folder, stack).model_copy(update={"models": {self.drawing.model: self.drawing.folder}})
+
+    def _place(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
         if lane == "embedded":
             return lanes.embedded(folder, self._file)
         redis = stack.enter_context(servers.redis_server())  # one each, so that no worker hears another's bells
