@@ -58,6 +58,30 @@ def _product(weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, made:
     return partial(prepacking.linear, weight=prepacked, bias_O=bias_O)
 
 
+class GatedLinear(Linear):
+    """Two products of one input, of which the GELU of the second gates the first (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__(width_in, 2 * width_out)
+
+    def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """As a linear layer's: [..., width in] -> [..., width out]."""
+        if not prepacking.serves(self.weight.device, dtype):
+            return partial(_gated, product=super().at(dtype))
+        halves = self.made.get(self.weight, dtype, lambda: _prepacked_halves(self.weight.to(dtype)))
+        return partial(prepacking.gated, weights=halves, biases=self.bias.chunk(2))
+
+
+def _gated(x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    value, gate = product(x).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def _prepacked_halves(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    value, gate = weight_OI.chunk(2)
+    return prepacking.prepacked_weight(value), prepacking.prepacked_weight(gate)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution in the dtype of what comes in: weights may rest in a narrower one (`lay_out_weights`)."""
 

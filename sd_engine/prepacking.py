@@ -9,7 +9,7 @@ has them no more, its usual ones compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -81,6 +81,14 @@ def prepacked_weight(weight_OI: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
     """[..., in] -> [..., out]. weight: a prepacked one, or as it is."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias_O, "none", [], "")
+    return out
+
+
+def gated(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """[..., in] -> [..., out]: a product times the GELU of a second one, both within oneDNN. weights: prepacked."""
+    (value_weight, gate_weight), (value_bias, gate_bias) = weights, biases
+    gate = torch.ops.mkldnn._linear_pointwise(x, gate_weight, gate_bias, "gelu", [], "none")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, gate, value_weight, value_bias, "mul")
     return out
 
 

@@ -1,14 +1,12 @@
 """The U-Net of Stable Diffusion: a noisy latent, a timestep and a text to a prediction of the noise (or velocity).
 
 Legend of the shape suffixes: U U-Net rows (a guided image has two), C channels, H height, W width (latent cells),
-N positions (H*W), T text tokens, D width of a token, F width within a feed-forward, E width of the time embedding.
+N positions (H*W), T text tokens, D width of a token, E width of the time embedding.
 Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; parameter names follow
 the diffusers layout but for the renames in `keymaps.py`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from sd_engine.blocks import Attention, Downsample, ResBlock, Upsample, timestep_embedding
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
-from sd_engine.layers import Conv2d, Linear, Pointwise, laid_out
+from sd_engine.layers import Conv2d, GatedLinear, Linear, Pointwise, laid_out
 from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext
@@ -34,22 +32,17 @@ class GeGlu(nn.Module):
 
     def __init__(self, width: int, expansion: int = 4):
         super().__init__()
-        self.proj_in = Linear(width, 2 * expansion * width)
+        self.proj_in = GatedLinear(width, expansion * width)
         self.proj_out = Linear(expansion * width, width)
 
     def forward(self, x_UND: Tensor) -> Tensor:
         """[U, N, D] -> [U, N, D]."""
         if x_UND.device.type != "cpu" or x_UND.shape[1] < _TOKENS_AT_ONCE or torch.is_grad_enabled():
-            return _gated(x_UND, self.proj_in, self.proj_out)
+            return self.proj_out(self.proj_in(x_UND))
         into, out = self.proj_in.at(x_UND.dtype), self.proj_out.at(x_UND.dtype)
         # A row by itself: which of its tokens go together must not depend on its neighbours.
-        parts = [_gated(part_ND, into, out) for x_ND in x_UND for part_ND in x_ND.split(_TOKENS_AT_ONCE)]
+        parts = [out(into(part_ND)) for x_ND in x_UND for part_ND in x_ND.split(_TOKENS_AT_ONCE)]
         return torch.cat(parts).view_as(x_UND)
-
-
-def _gated(x_ND: Tensor, into: Callable[[Tensor], Tensor], out: Callable[[Tensor], Tensor]) -> Tensor:
-    value_NF, gate_NF = into(x_ND).chunk(2, dim=-1)
-    return out(value_NF * F.gelu(gate_NF))
 
 
 class TransformerBlock(nn.Module):

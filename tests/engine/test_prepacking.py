@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sd_engine import prepacking
 from sd_engine.blocks import Downsample, Upsample
-from sd_engine.layers import Conv2d, Conv3x3, Linear, Pointwise, laid_out, spare_memory
-from tests.engine.prepacked import a_cpu_that_prepacks
+from sd_engine.layers import Conv2d, Conv3x3, GatedLinear, Linear, Pointwise, laid_out, spare_memory
+from tests.engine.prepacked import a_cpu_that_does_not_prepack, a_cpu_that_prepacks
 
 # Of the largest difference to the sum in float64, in deviations of the result: some hundred roundings of 24 bits, or
 # two of 8 bits (sums of weights, and the result), of values of up to eight deviations.
@@ -49,6 +49,16 @@ def test_products_are_the_plain_ones(dtype: torch.dtype, rows: int, widths: tupl
     layer, x = Linear(*widths, bias=bias).to(dtype), noise(2, rows, widths[0]).to(dtype)
     exact = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
     assert_equal(layer(x), exact)
+
+
+@DTYPES
+@pytest.mark.parametrize("prepacked", [True, False], ids=["prepacked", "plain"])
+def test_the_second_product_gates_the_first(dtype: torch.dtype, prepacked: bool) -> None:
+    layer, x = GatedLinear(64, 48).to(dtype), noise(2, 5, 64).to(dtype)
+    value, gate = F.linear(x.double(), layer.weight.double(), layer.bias.double()).chunk(2, -1)
+    with a_cpu_that_prepacks() if prepacked else a_cpu_that_does_not_prepack():
+        assert_equal(layer(x), value * F.gelu(gate))
+    assert len(layer.made) == prepacked
 
 
 @DTYPES
