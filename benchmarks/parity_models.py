@@ -85,8 +85,8 @@ def write_checkpoint(family: Family, path: Path) -> Path:
 
 
 def write_model(family: Family, folder: Path, dtype: torch.dtype) -> Path:
-    """The same as a diffusers folder in that dtype, for both sides."""
-    checkpoint = write_checkpoint(family, folder.with_suffix(".safetensors"))
+    """The same as a diffusers folder in that dtype."""
+    checkpoint = write_checkpoint(family, folder.with_name(f"{folder.name}.safetensors"))
     gc.collect()  # the modules that it was made from are as large
     convert(checkpoint, folder, tokenizer=shipped_model() / "tokenizer", dtype=dtype)
     checkpoint.unlink()

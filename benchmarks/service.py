@@ -9,10 +9,10 @@ loss.
 
 What the service costs is a price a job, so its share is smaller the longer the engine takes for one
 (`engine_ms_per_job`): a tenth to a sixth of a second for the shipped model's own size, far less than for any picture of
-Stable Diffusion's. `--model sd15` draws with random weights of SD 1.5's size. Jobs should be several times as many as a
-worker holds: the engine alone knows all of them at once, and packs the last ones better. `of_the_fastest_engine` is the
-rate over that of the bare engine with the number of threads that is best for it: what a machine gains or loses that has
-no core to spare.
+Stable Diffusion's. `--model sd15` draws with random weights of SD 1.5's size. Jobs of which a pack takes many should be
+several times as many as a worker holds: the engine alone knows all of them at once, and packs the last ones better.
+`of_the_fastest_engine` is the rate over that of the bare engine with the number of threads that is best for it: what a
+machine gains or loses that has no core to spare.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from benchmarks import plots, report
 from benchmarks.goals import Goal, as_json, at_least, spread
 from benchmarks.scale_fleet import cpu_s
 from benchmarks.service_turns import Run, Way, draw_by_turns
-from benchmarks.service_ways import AGAIN, ALONE, LANES, Bench, Drawing, jobs_of, servers_cpu_s
+from benchmarks.service_ways import AGAIN, ALONE, LANES, Bench, DrawnWith, jobs_of, servers_cpu_s
 from sd_engine.devices import DTYPES
 
 EXAMPLES = """examples:
   python -m benchmarks.service                           192 pictures of 96 x 96 and 48 of 256 x 256, 20 steps
-  python -m benchmarks.service --model sd15 --dtype bf16 --loads 256:8 --steps 10
+  python -m benchmarks.service --model sd15 --dtype bf16 --loads 256:8 --steps 10 --threads 2
   python -m benchmarks.service --loads 192:24            24 pictures of 192 x 192
   python -m benchmarks.service --quick                   two small jobs, seconds"""
 
@@ -154,15 +154,21 @@ def _turn(text: str) -> float:
     return float(text)
 
 
-def drawing_of(model: str, dtype: str, folder: Path) -> Drawing:
+def drawing_of(model: str, dtype: str, folder: Path) -> DrawnWith:
     """The shipped model, or one of SD 1.5's size, written into the folder in that dtype, so that all processes share
     the pages of its file; for float32 as it is usually found, in float16."""
     if model == "shipped":
-        return Drawing(dtype=dtype)
+        return DrawnWith(dtype=dtype)
     from benchmarks.parity_models import FAMILIES, write_model  # the reference's libraries take seconds to come
 
     path = write_model(FAMILIES[0], folder / model, DTYPES["fp16" if dtype == "fp32" else dtype])
-    return Drawing(model, str(path), dtype)
+    return DrawnWith(model, str(path), dtype)
+
+
+def result_name(model: str, dtype: str) -> str:
+    """Of the file; that of the shipped model in float32 has no suffix."""
+    said = [word for word, usual in ((model, "shipped"), (dtype, "fp32")) if word != usual]
+    return "_".join(["service", *said]) + ".json"
 
 
 def _loads(text: str) -> list[Load]:
@@ -197,11 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", default=",".join(map(str, both)), help="of the engine (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two short jobs, one thread, one round")
     parser.add_argument(
-        "--out", type=Path, help="JSON, the plot beside it; default: service.json, or service_sd15.json"
+        "--out", type=Path, help="JSON, the plot beside it; default: service.json, service_sd15_bf16.json"
     )
     options = parser.parse_args(arguments)
-    suffix = "" if options.model == "shipped" else f"_{options.model}"
-    options.out = options.out or report.RESULTS / f"service{suffix}.json"
+    options.out = options.out or report.RESULTS / result_name(options.model, options.dtype)
     if options.quick:
         options.loads, options.steps, options.rounds, options.threads = [Load(96, 2)], 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]

@@ -28,7 +28,7 @@ COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("star", "circle", "square
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class DrawnWith:
     """What all ways draw with: the model's name and its folder ("shipped": that of the package), and the dtype."""
 
     model: str = MINI
@@ -58,7 +58,7 @@ def jobs_of(count: int, steps: int, side: int, seed: int, model: str = MINI) -> 
 class Alone:
     """The engine in a process of its own."""
 
-    def __init__(self, drawing: Drawing, threads: int, stack: ExitStack) -> None:
+    def __init__(self, drawing: DrawnWith, threads: int, stack: ExitStack) -> None:
         command = [sys.executable, "-m", "benchmarks.service_engine"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
@@ -154,10 +154,13 @@ def servers_cpu_s() -> float:
 
 
 class Bench:
-    """Servers, and on them both lanes and the engine alone. options: of every worker's command."""
+    """Servers, and on them both lanes and the engine alone. options: of every worker's command; drawing:
+    with the shipped model where none is given."""
 
-    def __init__(self, folder: Path, stack: ExitStack, options: Sequence[str], drawing: Drawing | None = None) -> None:
-        self.drawing = drawing or Drawing()
+    def __init__(
+        self, folder: Path, stack: ExitStack, options: Sequence[str], drawing: DrawnWith | None = None
+    ) -> None:
+        self.drawing = drawing or DrawnWith()
         self._folder, self._options = folder, [*options, "--dtype", self.drawing.dtype]
         self._file = lanes.migrated_file(folder)
         self._postgres = stack.enter_context(servers.postgres_server())
@@ -183,9 +186,11 @@ class Bench:
             yield made | {AGAIN: Alone(self.drawing, threads, stack)}
 
     def _settings(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
-        return self._place(lane, folder, stack).model_copy(update={"models": {self.drawing.model: self.drawing.folder}})
+        return self._servers_of(lane, folder, stack).model_copy(
+            update={"models": {self.drawing.model: self.drawing.folder}}
+        )
 
-    def _place(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
+    def _servers_of(self, lane: str, folder: Path, stack: ExitStack) -> Settings:
         if lane == "embedded":
             return lanes.embedded(folder, self._file)
         redis = stack.enter_context(servers.redis_server())  # one each, so that no worker hears another's bells

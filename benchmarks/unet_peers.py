@@ -137,7 +137,7 @@ def _ours(config: Mapping[str, Any], reference: Any) -> UNet:
 
 
 def _plainly(ours: UNet) -> Forward:
-    """Ours without Winograd's algorithm and without prepacked weights: what these are worth."""
+    """Ours without Winograd's algorithm, without prepacked weights and what goes by these (attention by products)."""
 
     def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
         # Without prepacked weights too: they stand in the place of Winograd's filters.

@@ -57,7 +57,7 @@ def by_products(q_BGNK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         for q_rows, out_rows in zip(q.split(rows, 1), out.split(rows, 1), strict=True):
             _sum_values(q_rows, k, v, out_rows)
     out_BGNP = out_HNP.unflatten(0, q_BGNK.shape[:2])
-    # Written as tokens, which is what the next layer reads: transposed later it would be copied.
+    # Laid out as tokens, which is what the next layer reads: it would be copied for that.
     mixed_BGNK = torch.empty_like(q_BGNK.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     torch.div(out_BGNP[..., :width], out_BGNP[..., width : width + 1], out=mixed_BGNK)
     for head in _out_of_range(out_BGNP[..., width]):  # four dimensions, else PyTorch would hold all scores

@@ -82,9 +82,9 @@ class Attention(nn.Module):
         """[B, N, D], and keys and values [R, G, T, K] of one run of rows after the other, B in all -> [B, N, D]."""
         queries_BGNK = self._split(self.to_q(x_BND))
         parts = queries_BGNK.split([len(keys) for keys, _ in runs])
-        mixed = [attend(q, k, v) for q, (k, v) in zip(parts, runs, strict=True)]
-        mixed_BGNK = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        return self.to_out(mixed_BGNK.transpose(1, 2).flatten(2))
+        mixed = [attend(q, k, v).transpose(1, 2) for q, (k, v) in zip(parts, runs, strict=True)]
+        mixed_BNGK = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return self.to_out(mixed_BNGK.flatten(2))
 
     def _split(self, x_BND: Tensor) -> Tensor:
         return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -25,7 +25,7 @@ _OPERATORS = (
 
 
 class MadeOf:
-    """What was made of a weight, at its first use, and is kept until the weight changes.
+    """What was made of a weight, at its first use, and is kept until the weight changes, unless memory is spared.
 
     A change through `.data`, or of a tensor made in inference mode, goes unnoticed: PyTorch counts no versions there.
     sparing: nothing is kept, it is made anew each time.
@@ -68,6 +68,7 @@ def serves(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _prepacks(dtype: torch.dtype) -> bool:
     there = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+    there = there and "binary" in torch.ops.mkldnn._linear_pointwise.overloads()
     known = dtype in (torch.float32, torch.bfloat16)
     return there and known and torch.backends.cpu.get_cpu_capability() == "AVX512" and computes(dtype)
 

@@ -98,6 +98,8 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     """
     if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():  # filters that are kept would break its graph
+        return None
     if prepacking.serves(x_UCHW.device, x_UCHW.dtype):
         return None
     cells, channels = x_UCHW.shape[2] * x_UCHW.shape[3], min(weight_OC33.shape[:2])

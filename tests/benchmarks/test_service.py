@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.service import account, goals
+from benchmarks.service import account, goals, result_name
 from benchmarks.service_turns import Run, Stretch, Turn, draw_by_turns, run_of
 from benchmarks.service_ways import jobs_of
 from jobs.spec import read_spec
@@ -18,11 +18,17 @@ from sd_engine import Request
 
 
 def test_both_sides_take_the_same_jobs() -> None:
-    for job in jobs_of(20, 4, 96, 5):
+    for job in jobs_of(20, 4, 96, 5, "sd15"):
         spec, request = read_spec(job), Request(**job)
+        assert spec.model == request.model == "sd15"
         assert (spec.prompt, spec.seed, spec.steps) == (request.prompt, request.seed, request.steps)
         assert spec.guidance == request.guidance
         assert spec.sampler == request.sampler
+
+
+def test_another_model_or_dtype_has_a_file_of_its_own() -> None:
+    named = [result_name(*what) for what in (("shipped", "fp32"), ("shipped", "bf16"), ("sd15", "bf16"))]
+    assert named == ["service.json", "service_bf16.json", "service_sd15_bf16.json"]
 
 
 def test_a_round_is_compared_with_the_round_beside_it() -> None:

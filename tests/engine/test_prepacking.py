@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sd_engine import prepacking
+from sd_engine import prepacking, winograd
 from sd_engine.blocks import Downsample, Upsample
 from sd_engine.layers import Conv2d, Conv3x3, GatedLinear, Linear, Pointwise, laid_out, spare_memory
 from tests.engine.prepacked import a_cpu_that_does_not_prepack, a_cpu_that_prepacks
@@ -106,6 +106,7 @@ LAYERS = pytest.mark.parametrize(
         (Linear(8, 6), noise(2, 5, 8)),
         (Linear(320, 1280), noise(2, 64, 320)),
         (Linear(32, 32), noise(1, 64, 32)),
+        (GatedLinear(8, 6), noise(5, 8)),
         (Conv3x3(8, 6), laid_out(noise(2, 8, 5, 6))),
         (Downsample(8, pad_all_sides=True), laid_out(noise(2, 8, 6, 6))),
         (Pointwise(8, 6), laid_out(noise(2, 8, 5, 6))),
@@ -113,6 +114,11 @@ LAYERS = pytest.mark.parametrize(
     ],
     ids=lambda each: type(each).__name__,
 )
+
+
+def plain(layer: nn.Module, x: Tensor) -> Tensor:
+    with a_cpu_that_does_not_prepack():
+        return layer(x).double()  # type: ignore[no-any-return]
 
 
 @LAYERS
@@ -126,17 +132,17 @@ def test_no_bit_depends_on_whether_memory_is_spared(layer: nn.Module, x: Tensor)
 @LAYERS
 def test_weights_that_were_changed_are_noticed(layer: nn.Module, x: Tensor) -> None:
     layer = copy.deepcopy(layer)
-    before = layer(x)
+    layer(x)
     state = {name: tensor * 2 for name, tensor in layer.state_dict().items()}
     layer.load_state_dict(state, assign=True)
-    assert_equal(layer(x), 2 * before.double())
+    assert_equal(layer(x), plain(layer, x))
     with torch.inference_mode(False), torch.no_grad():
         changed = copy.deepcopy(layer)
         changed(x.clone())
         assert any(len(each.made) for each in changed.modules() if isinstance(each, Linear | Conv2d))
         for parameter in changed.parameters():
             parameter.mul_(0.5)
-        assert_equal(changed(x.clone()), before.double())
+        assert_equal(changed(x.clone()), plain(changed, x.clone()))
 
 
 @LAYERS
@@ -157,6 +163,15 @@ def test_gradients_other_dtypes_and_other_devices_are_left_to_pytorch() -> None:
         layer = Linear(4, 4)
         layer(torch.ones(4)).sum().backward()
         assert layer.weight.grad is not None
+
+
+def test_within_torch_compile_layers_are_plain_ones() -> None:
+    weight, x = noise(128, 128, 3, 3), noise(1, 128, 12, 12)
+    with a_cpu_that_does_not_prepack():
+        assert winograd.form_for(weight, x) is not None
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        assert winograd.form_for(weight, x) is None
+        assert not prepacking.serves(torch.device("cpu"), torch.float32)
 
 
 def test_only_avx_512_prepacks() -> None:

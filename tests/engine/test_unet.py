@@ -15,6 +15,7 @@ from sd_engine.context import join
 from sd_engine.keymaps import DIFFUSERS_UNET
 from sd_engine.unet import _TOKENS_AT_ONCE, UNet
 from tests.engine import reference as sd15
+from tests.engine.prepacked import a_cpu_that_does_not_prepack, a_cpu_that_prepacks
 from tests.engine.reference import difference, pour
 from tests.tiny_model import randomize
 
@@ -87,7 +88,10 @@ def test_odd_sizes_come_back_to_their_size_as_in_the_reference(height: int, widt
 @torch.no_grad()
 def test_so_many_positions_that_they_go_in_parts_equal_the_reference() -> None:
     assert _TOKENS_AT_ONCE < 36 * 33
-    assert compare(make_pair((16, 32), (True, False), 2), 36, 33) < TOLERANCE
+    pair = make_pair((16, 32), (True, False), 2)
+    for cpu in (a_cpu_that_prepacks(), a_cpu_that_does_not_prepack()):
+        with cpu:
+            assert compare(pair, 36, 33) < TOLERANCE
 
 
 @torch.no_grad()
