@@ -179,11 +179,16 @@ def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     traced = reference if inputs.x_UCHW.dtype == torch.float32 else copy.deepcopy(reference).float()
 
     class Plain(nn.Module):
-        def forward(self, x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
-            prediction_UCHW: Tensor = traced(x_UCHW, t_U, text_UTD, return_dict=False)[0]
+        def forward(self, x_UCHW: Tensor, sinusoids_UE: Tensor, text_UTD: Tensor) -> Tensor:
+            with mock.patch.object(traced, "get_time_embed", return_value=sinusoids_UE):
+                prediction_UCHW: Tensor = traced(x_UCHW, 0, text_UTD, return_dict=False)[0]
             return prediction_UCHW
 
-    example = (inputs.x_UCHW.float(), inputs.t_U, inputs.text_UTD.float())
+    def given(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Sinusoids of the timesteps: OpenVINO would round their angles to bfloat16, by up to 2 at 980.
+        return x_UCHW.float(), reference.time_proj(t_U), text_UTD.float()
+
+    example = given(inputs.x_UCHW, inputs.t_U, inputs.text_UTD)
     model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
     openvino.save_model(model, folder / "unet.xml", compress_to_fp16=inputs.x_UCHW.dtype != torch.float32)
     del model
@@ -197,7 +202,7 @@ def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     compiled = openvino.Core().compile_model(folder / "unet.xml", "CPU", options)
 
     def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
-        given = [each.float().numpy() for each in (x_UCHW, t_U, text_UTD)]
-        return torch.from_numpy(compiled(given)[0]).to(x_UCHW.dtype)
+        prediction = compiled([each.numpy() for each in given(x_UCHW, t_U, text_UTD)])[0]
+        return torch.from_numpy(prediction).to(x_UCHW.dtype)
 
     return forward
