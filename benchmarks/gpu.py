@@ -1,23 +1,31 @@
 """All that a GPU is asked: is it right, how fast at each pack size, how near to the machine and to the reference.
 
-    python -m benchmarks.gpu                                 (on a CUDA machine; 25 minutes at most)
+    python -m benchmarks.gpu                                 (on a CUDA machine; 45 minutes at most)
     python -m benchmarks.gpu --quick --device cpu            (the code alone, on a tiny model; says nothing about speed)
 
 or in parts of less than ten minutes, each of which keeps what the ones before it wrote:
 
-    python -m benchmarks.gpu --stages correct,ceilings,no_wait,attention,vae,packs --ways "eager;eager, channels-last"
-    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last;compiled, graphs" --sizes 1,2,16,32
+    python -m benchmarks.gpu --stages correct,ceilings,attention,norm,vae,packs --ways "eager;eager, channels-last"
+    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last" --sizes 1,4,16,32
+    python -m benchmarks.gpu --stages packs,no_wait --ways "compiled, graphs;eager, channels-last, best attention"
+    python -m benchmarks.gpu --stages buckets
     python -m benchmarks.gpu --stages reference
+    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last, best attention;compiled"
+    python -m benchmarks.gpu --stages packs --ways "eager, channels-last, other half"
+    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last, other half"
 
 SD 1.5's size with random weights, 512 x 512, 20 guided steps. Stages, in this order; after every figure all that is
 known is written, so that a run that is cut leaves what it had, and each stage ends at its own time limit:
 
 - correct: half precision beside float32, on the device and on the CPU. Where that is wrong, no speed is measured.
 - ceilings: matrix products and the U-Net's convolutions, TFLOP/s. `share` is of the fastest matrix product.
-- no_wait: a step in which waiting for the device is an error, and what a profile of one counts.
-- attention: every backend at every level.
-- packs: pictures per second by pictures of a pack, eager and compiled, contiguous and channels-last; peak memory.
-- vae: decoding alone. reference: the reference's pipeline, eager and compiled, in the same run (needs diffusers).
+- attention: every backend at every level. norm: GroupNorm and SiLU at every level, eager and compiled, in both layouts.
+- vae: decoding alone.
+- no_wait: a step in which waiting for the device is an error, and what a profile of one counts; eager and compiled.
+- packs: pictures per second by pictures of a pack; eager and compiled, contiguous and channels-last, with the fastest
+  attention of each level, in the other half precision, as CUDA graphs; peak memory.
+- buckets: pictures that end one by one, in packs as they come and in packs padded to a few sizes.
+- reference: the reference's pipeline, eager and compiled, in the same run (needs diffusers).
 
 Writes `benchmarks/results/gpu.json` (in fp16 `gpu_fp16.json`) and a plot. Without a CUDA device it says so and exits
 with 2; with 1 where it is wrong.
@@ -38,7 +46,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks import gpu_model, gpu_stages, plots
+from benchmarks import gpu_model, gpu_packs, gpu_stages, plots
 from benchmarks.goals import as_json, at_least
 from benchmarks.gpu_model import Setup
 from benchmarks.gpu_stages import Figure, Stage
@@ -57,14 +65,16 @@ def _reference(setup: Setup) -> Iterator[Figure]:
     yield from importlib.import_module("benchmarks.gpu_reference").reference(setup)
 
 
-# Each with its limit in seconds: 25 minutes in all.
+# Each with its limit in seconds: 45 minutes in all.
 STAGES: Final[dict[str, tuple[Stage, float]]] = {
     "correct": (gpu_stages.correct, 120),
     "ceilings": (gpu_stages.ceilings, 60),
-    "no_wait": (gpu_stages.no_wait, 60),
     "attention": (gpu_stages.attention, 60),
-    "packs": (gpu_stages.packs, 750),
+    "norm": (gpu_stages.norm, 60),
     "vae": (gpu_stages.vae, 60),
+    "no_wait": (gpu_packs.no_wait, 180),
+    "packs": (gpu_packs.packs, 1200),
+    "buckets": (gpu_packs.buckets, 420),
     "reference": (_reference, 390),
 }
 
@@ -77,7 +87,8 @@ def run(setup: Setup, names: list[str], out: Path, known: dict[str, Any]) -> int
             print("the results are wrong: no speed is measured", file=sys.stderr)
             break
         stage, limit = STAGES[name]
-        stages[name] = {"figures": _kept(stages.get(name, {}), setup), "cut": False}
+        kept = _kept(stages.get(name, {}), setup) if name == "packs" else []
+        stages[name] = {"figures": kept, "cut": False}
         print(f"--- {name}", flush=True)
         _figures(stage(setup), limit, stages[name], lambda: _write(out, known, setup))
     summarize(known)
@@ -160,9 +171,9 @@ def _stages(text: str) -> list[str]:
 
 def _ways(text: str) -> tuple[str, ...]:
     asked = tuple(name.strip() for name in text.split(";"))
-    unknown = [name for name in asked if name not in gpu_stages.WAYS]
+    unknown = [name for name in asked if name not in gpu_packs.WAYS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{'; '.join(unknown)} is not allowed: {'; '.join(gpu_stages.WAYS)}")
+        raise argparse.ArgumentTypeError(f"{'; '.join(unknown)} is not allowed: {'; '.join(gpu_packs.WAYS)}")
     return asked
 
 
@@ -178,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--stages", type=_stages, default=list(STAGES), help="comma-separated, of: " + ", ".join(STAGES)
     )
-    ways = "; ".join(gpu_stages.WAYS)
+    ways = "; ".join(gpu_packs.WAYS)
     parser.add_argument("--ways", type=_ways, default=(), help=f"of packs, between semicolons: {ways}")
     parser.add_argument("--sizes", type=_sizes, help="pictures of a pack, comma-separated")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json, in fp16 gpu_fp16.json")

@@ -17,6 +17,7 @@ from sd_engine import Engine, Model, Request, load_model, shipped_model
 from sd_engine.blocks import KeysValues
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.context import PackContext, join
+from sd_engine.engine import MakeRunner
 from sd_engine.filling import Uninitialized
 from sd_engine.model import SD1, Configs
 from sd_engine.row import Row
@@ -55,7 +56,7 @@ class Setup:
 
 def full(device: torch.device, dtype: torch.dtype) -> Setup:
     """SD 1.5's size, as the goals have it."""
-    return Setup(device, dtype, SD1, 512, 20, (1, 2, 4, 8, 16, 32, 64), "inductor", 5)
+    return Setup(device, dtype, SD1, 512, 20, (1, 2, 3, 4, 8, 16, 32, 64), "inductor", 5)
 
 
 def quick(device: torch.device, dtype: torch.dtype) -> Setup:
@@ -99,9 +100,25 @@ class WholeRunner(Runner):
             self._denoise(rows)
 
 
-def engine(setup: Setup, model: Model, pictures: int) -> Engine:
+class PaddedRunner(WholeRunner):
+    """Packs of a few sizes only, so that each is compiled once: one between two is padded up to the next."""
+
+    def __init__(self, *args: Any, sizes: Sequence[int]) -> None:
+        super().__init__(*args)
+        self.sizes = sorted(sizes)  # U-Net rows
+        self.asked = self.padded = 0  # U-Net rows in all, without the padding and with it
+
+    def least_unet_rows(self, rows: Sequence[Row]) -> int:
+        """The next size, or the pack's own where it is beyond them all."""
+        needed = sum(row.unet_rows for row in rows)
+        size = next((size for size in self.sizes if size >= needed), needed)
+        self.asked, self.padded = self.asked + needed, self.padded + size
+        return size
+
+
+def engine(setup: Setup, model: Model, pictures: int, make_runner: MakeRunner = WholeRunner) -> Engine:
     """An engine whose packs hold so many guided pictures, stepped together or not at all."""
-    return Engine(model, max_units=2 * pictures * setup.cells**2, make_runner=WholeRunner)
+    return Engine(model, max_units=2 * pictures * setup.cells**2, make_runner=make_runner)
 
 
 def requests(setup: Setup, pictures: int, steps: int | None = None) -> list[Request]:
@@ -109,6 +126,15 @@ def requests(setup: Setup, pictures: int, steps: int | None = None) -> list[Requ
     size: dict[str, Any] = {"steps": steps or setup.steps, "width": setup.side, "height": setup.side}
     samplers = ("dpmpp_2m_karras", "euler_a")
     return [Request(f"a red star {seed}", seed=seed, sampler=samplers[seed % 2], **size) for seed in range(pictures)]
+
+
+def leaving_one_by_one(setup: Setup, pictures: int) -> list[Request]:
+    """As many pictures with steps from half of the usual to all: packs of every size, the smallest at the end."""
+    half = setup.steps // 2
+    return [
+        replace(request, steps=half + round((setup.steps - half) * (index + 1) / pictures))
+        for index, request in enumerate(requests(setup, pictures))
+    ]
 
 
 def inputs(setup: Setup, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,14 +156,19 @@ def predicted(setup: Setup, unet: UNet) -> Tensor:
 
 def seconds(setup: Setup, call: Callable[[], Any], repeats: int | None = None) -> float:
     """The median time of a call, after one to warm up; each is waited for."""
+    return statistics.median(times(setup, call, repeats or setup.repeats))
+
+
+def times(setup: Setup, call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each call, after one to warm up; each is waited for."""
     found = []
-    for _ in range(1 + (repeats or setup.repeats)):
+    for _ in range(1 + repeats):
         wait(setup)
         began = time.perf_counter()
         call()
         wait(setup)
         found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+    return found[1:]
 
 
 def wait(setup: Setup) -> None:

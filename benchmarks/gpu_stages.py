@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,12 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import conv2d, scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
+from torch.nn.functional import conv2d, group_norm, scaled_dot_product_attention, silu
 
 from benchmarks import gpu_model as gm
 from benchmarks.gpu_model import Setup
-from sd_engine import Engine, Model, load_model, shipped_model
+from sd_engine import Engine, load_model, shipped_model
 from sd_engine.latents import decode_latents
 
 Figure = dict[str, Any]
@@ -30,7 +27,7 @@ RELATIVE: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-
 DECIBELS: Final = {torch.float32: 50.0, torch.float16: 40.0, torch.bfloat16: 28.0}
 # Compiled or in another layout, but of one dtype: rounded in another order.
 SAME: Final = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_BACKENDS: Final = {
+BACKENDS: Final = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
 }  # fmt: skip
@@ -45,7 +42,7 @@ def correct(setup: Setup) -> Iterator[Figure]:
             expected = wide.unet(*gm.inputs(setup, 2, torch.float32)).float()
             at_home = replace(setup, device=torch.device("cpu"))
             home = wide.unet.to("cpu")(*gm.inputs(at_home, 2, torch.float32))
-        yield _checked("U-Net, fp32 on the CPU", gm.relative(expected, home), RELATIVE[torch.float32])
+        yield checked("U-Net, fp32 on the CPU", gm.relative(expected, home), RELATIVE[torch.float32])
         del wide
         shipped = Engine(load_model(shipped_model(), "cpu", "fp32")).render(_pictures(setup))
     for dtype in (torch.float16, torch.bfloat16):
@@ -53,11 +50,11 @@ def correct(setup: Setup) -> Iterator[Figure]:
         model.unet.to(dtype)
         with torch.inference_mode():
             found = model.unet(*gm.inputs(setup, 2, dtype))
-        yield _checked(f"U-Net, {_name(dtype)} beside fp32", gm.relative(found, expected), RELATIVE[dtype])
+        yield checked(f"U-Net, {name_of(dtype)} beside fp32", gm.relative(found, expected), RELATIVE[dtype])
         del model
         drawn = Engine(load_model(shipped_model(), setup.device, dtype)).render(_pictures(setup))
         decibels = gm.psnr(drawn, shipped)
-        yield {"what": f"picture of the shipped model, {_name(dtype)}, decibels", "found": round(decibels, 1),
+        yield {"what": f"picture of the shipped model, {name_of(dtype)}, decibels", "found": round(decibels, 1),
                "bar": DECIBELS[dtype], "right": decibels >= DECIBELS[dtype]}  # fmt: skip
 
 
@@ -65,7 +62,7 @@ def _pictures(setup: Setup) -> list[Any]:
     return gm.requests(replace(setup, side=96), 2, 20 if setup.cuda else 2)
 
 
-def _checked(what: str, found: float, bar: float) -> Figure:
+def checked(what: str, found: float, bar: float) -> Figure:
     return {"what": what, "found": found, "bar": bar, "right": found <= bar}
 
 
@@ -75,11 +72,11 @@ def ceilings(setup: Setup) -> Iterator[Figure]:
     for dtype in dict.fromkeys((setup.dtype, torch.float16, torch.bfloat16)) if setup.cuda else (torch.float32,):
         a, b = (torch.randn(side, side, device=setup.device, dtype=dtype) for _ in range(2))
         took = gm.seconds(setup, partial(torch.matmul, a, b), 20)
-        yield {"what": f"matmul {side}, {_name(dtype)}", "tflops": 2 * side**3 / took / 1e12}
+        yield {"what": f"matmul {side}, {name_of(dtype)}", "tflops": 2 * side**3 / took / 1e12}
     rows, channels = (32, setup.configs.unet.channels) if setup.cuda else (2, setup.configs.unet.channels)
     for level, width in enumerate(channels):
         cells = max(setup.cells >> level, 1)
-        for name, layout in _LAYOUTS.items():
+        for name, layout in LAYOUTS.items():
             x = torch.randn(rows, width, cells, cells, device=setup.device, dtype=setup.dtype).to(memory_format=layout)
             w = torch.randn(width, width, 3, 3, device=setup.device, dtype=setup.dtype).to(memory_format=layout)
             took = gm.seconds(setup, partial(conv2d, x, w, padding=1), 20)
@@ -87,7 +84,7 @@ def ceilings(setup: Setup) -> Iterator[Figure]:
             yield {"what": f"convolution {width} at {cells}, {name}", "tflops": work / took / 1e12}
 
 
-_LAYOUTS: Final = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+LAYOUTS: Final = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
 def attention(setup: Setup) -> Iterator[Figure]:
@@ -99,12 +96,22 @@ def attention(setup: Setup) -> Iterator[Figure]:
             made = (torch.randn(rows, heads, n, width // heads, device=setup.device, dtype=setup.dtype)
                     for n in (positions, others, others))  # fmt: skip
             q, k, v = made
-            found = {name: _attended(setup, q, k, v, backend) for name, backend in _BACKENDS.items()}
+            found = {name: _attended(setup, q, k, v, backend) for name, backend in BACKENDS.items()}
             there = {name: took for name, took in found.items() if took is not None}
-            yield {"level": level, "kind": kind, "rows": rows, "positions": positions, "head": width // heads,
+            yield {"level": level, "kind": kind, "rows": rows, "positions": positions, "others": others,
+                   "head": width // heads,
                    "best": min(there, key=lambda name: there[name]) if there else None,
                    "chosen_us": _attended(setup, q, k, v, None), **{f"{name}_us": took for name, took in found.items()},
                    "flop": 4 * rows * heads * positions * others * (width // heads)}  # fmt: skip
+
+
+def best_backends(setup: Setup) -> dict[tuple[int, int], SDPBackend]:
+    """The fastest backend by (queries, keys), as `attention` measures it."""
+    return {
+        (figure["positions"], figure["others"]): BACKENDS[figure["best"]]
+        for figure in attention(setup)
+        if figure["best"] is not None
+    }
 
 
 def _attended(setup: Setup, q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> float | None:
@@ -112,73 +119,31 @@ def _attended(setup: Setup, q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend
     if backend == SDPBackend.MATH and q.shape[:3].numel() * k.shape[2] > _MATH_SCORES:
         return None
     try:
-        with sdpa_kernel(list(_BACKENDS.values()) if backend is None else backend), torch.inference_mode():
+        with sdpa_kernel(list(BACKENDS.values()) if backend is None else backend), torch.inference_mode():
             return 1e6 * gm.seconds(setup, lambda: scaled_dot_product_attention(q, k, v), 10)
     except RuntimeError:
         return None
 
 
-def no_wait(setup: Setup) -> Iterator[Figure]:
-    """Does a step ever wait for the device: PyTorch, told to make that an error, says so; and a profile of a step."""
-    model = gm.random_model(setup, setup.dtype)
-    few = min(4, setup.sizes[-1])
-    drawing = gm.engine(setup, model, few)
-    for request in gm.requests(setup, few, 4):
-        drawing.add(request)
-    drawing.step()  # prompts, noise and kernels are there from here on
-    said = ""
-    if setup.cuda:
-        gm.wait(setup)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            drawing.runner.denoise(drawing.packer.pack(), drawing.packer.too_large)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    yield {"what": "a step never waits", "right": not said, "said": said, "asked": setup.cuda}
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * setup.cuda]
-    with profile(activities=activities) as seen:
-        drawing.runner.denoise(drawing.packer.pack(), drawing.packer.too_large)
-        gm.wait(setup)
-    counted = Counter(event.name for event in seen.events())
-    calls = {name: n for name, n in counted.items() if name.startswith(("cudaLaunch", "cudaMemcpy", "cudaStreamSync"))}
-    clock = "self_device_time_total" if setup.cuda else "self_cpu_time_total"
-    averages = sorted(seen.key_averages(), key=lambda each: -getattr(each, clock))
-    top = [{"kernel": each.key[:80], "us": round(getattr(each, clock)), "calls": each.count} for each in averages[:20]]
-    yield {"what": "profile of a step", "pictures": few, "calls": calls, "top": top}
+def norm(setup: Setup) -> Iterator[Figure]:
+    """GroupNorm and SiLU at each level: as PyTorch does the two, and compiled into one; of a read and a write, GB/s."""
+    rows = 32 if setup.cuda else 2
+    compiled = torch.compile(_normed, backend=setup.compiler, dynamic=False)
+    for level, width in enumerate(setup.configs.unet.channels):
+        cells = max(setup.cells >> level, 1)
+        for name, layout in LAYOUTS.items():
+            x = torch.randn(rows, width, cells, cells, device=setup.device, dtype=setup.dtype).to(memory_format=layout)
+            scale = torch.ones(width, device=setup.device, dtype=setup.dtype)
+            for how, call in (("eager", _normed), ("compiled", compiled)):
+                with torch.inference_mode():
+                    kept = call(x, scale).is_contiguous(memory_format=layout)
+                    took = gm.seconds(setup, partial(call, x, scale), 20)
+                yield {"what": f"GroupNorm + SiLU, {width} at {cells}, {name}", "how": how, "us": 1e6 * took,
+                       "gb_per_s": 2 * x.nbytes / took / 1e9, "keeps_its_layout": kept}  # fmt: skip
 
 
-def packs(setup: Setup, ways: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Figure]:
-    """Whole pictures per second, by pictures of a pack: as it is, channels-last, compiled, compiled and channels-last.
-
-    A way whose prediction is not that of the first is not timed.
-    """
-    flop = gm.row_flops(setup)
-    yield {"what": "operations of a U-Net row", "tflop": flop / 1e12}
-    with torch.inference_mode():
-        plain = gm.random_model(setup, setup.dtype)
-        expected = gm.predicted(setup, plain.unet)
-        del plain
-    for name, way in (ways or WAYS).items():
-        if not setup.ways or name in setup.ways:
-            yield from _figures_of(setup, name, way, expected, flop)
-
-
-def _figures_of(setup: Setup, name: str, way: Mapping[str, Any], expected: Tensor, flop: int) -> Iterator[Figure]:
-    """Of one way. What fails (a kernel that does not compile, say) fails by itself: the others are still measured."""
-    model = gm.random_model(setup, setup.dtype)
-    try:
-        _arrange(setup, model, way)
-        with torch.inference_mode():
-            found = gm.relative(gm.predicted(setup, model.unet), expected)
-    except Exception as error:
-        yield {"way": name, **failed(error)}
-        return
-    yield {"way": name, **_checked("U-Net beside the plain one", found, SAME[setup.dtype])}
-    for pictures in setup.sizes if found <= SAME[setup.dtype] else ():
-        if pictures in way.get("sizes", setup.sizes):
-            yield {"way": name, "pictures": pictures, **_drawn(setup, model, pictures, flop)}
+def _normed(x_BCHW: Tensor, scale_C: Tensor) -> Tensor:
+    return silu(group_norm(x_BCHW, 32, scale_C, scale_C, 1e-5))
 
 
 def failed(error: Exception) -> Figure:
@@ -188,60 +153,24 @@ def failed(error: Exception) -> Figure:
     return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
 
 
-# Compiling a pack size takes a minute: the sizes that matter, and last what is hardly the fastest. CUDA graphs pay
-# where launches cost more than kernels.
-_SOME: Final = (1, 4, 16, 32)
-WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "eager": {},
-    "eager, channels-last": {"layout": torch.channels_last},
-    "compiled, channels-last": {"layout": torch.channels_last, "compile": {}, "sizes": _SOME},
-    "compiled, graphs": {"layout": torch.channels_last, "compile": {"mode": "reduce-overhead"}, "sizes": (1, 2, 4)},
-    "compiled": {"compile": {}, "sizes": _SOME},
-}
-
-
-def _arrange(setup: Setup, model: Model, way: Mapping[str, Any]) -> None:
-    if "layout" in way:
-        model.unet.to(memory_format=way["layout"])  # type: ignore[call-overload]
-        model.unet.conv_in.register_forward_pre_hook(lambda _, args: (args[0].contiguous(memory_format=way["layout"]),))
-    if "compile" in way:
-        gm.compile_unet(setup, model.unet, **(way["compile"] if setup.compiler == "inductor" else {}))
-
-
-def _drawn(setup: Setup, model: Model, pictures: int, flop: int) -> Figure:
-    """One pack from its prompts, which were encoded before, to its pictures; after one that warmed up."""
-    drawing = gm.engine(setup, model, pictures)
-    try:
-        began = time.perf_counter()
-        drawing.render(gm.requests(setup, pictures, 2))
-        first = time.perf_counter() - began
-        _forget_peak(setup)
-        whole = gm.seconds(setup, lambda: drawing.render(gm.requests(setup, pictures)), 1)
-    except Exception as error:
-        return failed(error)
-    work = 2 * pictures * setup.steps * flop
-    return {"images_per_s": pictures / whole, "seconds": whole, "tflops": work / whole / 1e12, "first_s": first,
-            "peak_gb": _peak_gb(setup)}  # fmt: skip
-
-
 def vae(setup: Setup) -> Iterator[Figure]:
     """Decoding alone, by pictures of a call."""
     model = gm.random_model(setup, setup.dtype)
     for pictures in (size for size in setup.sizes if size <= 16):
         latents = torch.randn(pictures, model.latent_channels, setup.cells, setup.cells, device=setup.device)
-        _forget_peak(setup)
+        forget_peak(setup)
         with torch.inference_mode():
             took = gm.seconds(setup, partial(decode_latents, model, latents))
-        yield {"pictures": pictures, "ms_per_picture": 1e3 * took / pictures, "peak_gb": _peak_gb(setup)}
+        yield {"pictures": pictures, "ms_per_picture": 1e3 * took / pictures, "peak_gb": peak_gb(setup)}
 
 
-def _forget_peak(setup: Setup) -> None:
+def forget_peak(setup: Setup) -> None:
     if setup.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setup.device)
 
 
-def _peak_gb(setup: Setup) -> float | None:
+def peak_gb(setup: Setup) -> float | None:
     return torch.cuda.max_memory_allocated(setup.device) / 1e9 if setup.cuda else None
 
 
@@ -256,5 +185,5 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

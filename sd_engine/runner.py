@@ -79,6 +79,10 @@ class Runner:
             halving(lambda part: pictures.update(self._decode(part)), batch)
         return [_finished(row, pictures.get(row.id)) for row in rows]
 
+    def least_unet_rows(self, rows: Sequence[Row]) -> int:
+        """The U-Net rows that the call of a pack has at least; those it lacks repeat its last, for nobody."""
+        return self.bucket(rows[0].lane)
+
     def _prepare(self, row: Row) -> None:
         row.contexts = self.prompts[row.lane.model].contexts(row.request)
         # One source of noise per image makes every draw it will ever need: neither its neighbours nor the device can
@@ -94,7 +98,7 @@ class Runner:
         rows = sorted(rows, key=lambda row: tokens(row.contexts[0]))  # prompts of one length attend together
         state_BSCHW = torch.stack([_there(row.state) for row in rows])
         column, mix_BSI = _tables(rows, model.device)
-        spread = Spread.of(rows, model.device, self.bucket(rows[0].lane))
+        spread = Spread.of(rows, model.device, self.least_unet_rows(rows))
 
         x_BCHW = state_BSCHW[:, 0]
         prediction_UCHW, deep_UCHW = self._predict(model, rows, x_BCHW * _wide(column[Col.c_in]), column[Col.t], spread)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks import gpu, gpu_model, gpu_stages
-from benchmarks.gpu_model import Setup
+from benchmarks import gpu, gpu_model, gpu_packs, gpu_stages
+from benchmarks.gpu_model import PaddedRunner, Setup
+from benchmarks.gpu_packs import Way
 from benchmarks.gpu_stages import Figure
 from sd_engine.model import SD1
+
+MATH = SDPBackend.MATH
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +108,54 @@ def test_a_pack_that_fails_is_told_and_not_halved(setup: Setup) -> None:
         drawing.step()
 
 
-def test_a_way_that_fails_leaves_the_others(setup: Setup) -> None:
-    ways: dict[str, dict[str, Any]] = {"bad": {"layout": "no layout"}, "good": {"sizes": (1,)}}
-    figures = list(gpu_stages.packs(setup, ways))
+def test_a_way_that_fails_leaves_the_others(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gpu_model, "compile_unet", no_compiler)
+    figures = list(gpu_packs.packs(setup, {"bad": Way(compiled={}), "good": Way(sizes=(1,))}))
     assert [figure["way"] for figure in figures if "failed" in figure] == ["bad"]
-    assert [figure["way"] for figure in figures if "images_per_s" in figure] == ["good"]
+    assert [(figure["way"], figure["pictures"]) for figure in figures if "images_per_s" in figure] == [("good", 1)]
+
+
+@pytest.mark.parametrize("name", gpu_packs.WAYS)
+def test_every_way_predicts_what_the_plain_one_does(setup: Setup, name: str) -> None:
+    way = replace(gpu_packs.WAYS[name], sizes=())
+    (right,) = (figure for figure in gpu_packs.packs(setup, {name: way}) if "right" in figure)
+    assert right["right"] and right["way"] == name
+
+
+def test_attention_takes_the_backend_that_was_the_fastest(setup: Setup) -> None:
+    best = gpu_stages.best_backends(setup)
+    cells = setup.cells**2
+    assert set(best) >= {(cells, cells), (cells, setup.configs.text.max_tokens)}
+    q, k, v = torch.randn(3, 2, 4, 16, 8)
+    with pytest.raises(RuntimeError, match="No viable backend"):  # cuDNN needs CUDA: it alone was asked
+        gpu_packs._attended_by({(16, 16): SDPBackend.CUDNN_ATTENTION}, q, k, v)
+    torch.testing.assert_close(gpu_packs._attended_by({}, q, k, v), gpu_packs._attended_by({(16, 16): MATH}, q, k, v))
+
+
+def test_a_pack_between_two_sizes_is_padded_to_the_next_and_draws_the_same(setup: Setup) -> None:
+    model = gpu_model.random_model(setup, torch.float32)
+    requests = gpu_model.leaving_one_by_one(replace(setup, steps=6), 3)
+    assert [request.steps for request in requests] == [4, 5, 6]
+    plain = gpu_model.engine(setup, model, 3).render(requests)
+    padding = gpu_model.engine(setup, model, 3, partial(PaddedRunner, sizes=(8, 2)))
+    drawn = padding.render(requests)
+    assert isinstance(padding.runner, PaddedRunner)
+    # Steps of three rows (four times), of two and of one: 6, 4 and 2 U-Net rows, in calls of 8, 8 and 2.
+    assert (padding.runner.asked, padding.runner.padded) == (4 * 6 + 4 + 2, 5 * 8 + 2)
+    assert gpu_model.psnr(drawn, plain) > 50, "only the order of sums may differ"
+
+
+def test_stages_that_draw_run_whole_on_a_tiny_model(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--quick", "--device", "cpu", "--stages", "norm,no_wait,buckets", "--out", str(out)]) == 0
+    stages = json.loads(out.read_text("utf-8"))["stages"]
+    assert not [figure for stage in stages.values() for figure in stage["figures"] if "failed" in figure]
+    padded = [figure for figure in stages["buckets"]["figures"] if figure["buckets"]]
+    assert len(padded) == 2 and all(figure["programs"] >= 1 for figure in padded)
+    assert len(stages["no_wait"]["figures"]) == 6
 
 
 def test_figures_of_ways_that_are_not_asked_for_are_kept(tmp_path: Path) -> None:
