@@ -68,7 +68,7 @@ soak: $(STAMP)  ## row 53 at length: MINUTES=30 JOBS=10000 SEED=1
 
 BENCHMARKS := unet pipeline mixed urgent service submit scale cold memory choices
 
-bench: $(STAMP)  ## every benchmark of speed, one after the other: an hour and a half on two cores
+bench: $(STAMP)  ## every benchmark of speed, one after the other: two hours and a half on two cores
 	@$(INSTALL) -e ".[bench]" || echo "OpenVINO could not be installed: it is left out" >&2
 	@failed=; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
 		done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }

@@ -37,7 +37,7 @@ from torch import nn
 from benchmarks.goals import spread
 from benchmarks.mini_quality import Wanted, random_prompt, see
 from benchmarks.plots import bars
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from sd_engine import Engine, Model, Request, load_model, shipped_model
 from sd_engine.config import TinyDecoderConfig, UNetConfig, VaeConfig
 from sd_engine.context import join
@@ -275,8 +275,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unet", choices=[*SIZES, "none"], default="sd15", help="the U-Net of the second part")
     parser.add_argument("--large", action="store_true", help="token merging in that whole U-Net too, at 768 x 768")
     parser.add_argument("--quick", action="store_true", help="two prompts, six steps, a tiny U-Net")
-    parser.add_argument("--out", type=Path, default=RESULTS / "choices.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/choices.json")
     args = parser.parse_args(words)
+    args.out = args.out or result_file("choices.json", quick=args.quick)
     if args.quick:
         args.prompts, args.steps, args.repeats, args.unet, args.large = 2, 6, 1, "tiny", True
     return args

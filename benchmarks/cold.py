@@ -41,7 +41,7 @@ from benchmarks import plots
 from benchmarks.cold_files import TOKENIZER, forget, write_folder, write_single
 from benchmarks.cold_process import Answer, Told
 from benchmarks.goals import Goal, as_json, at_least, at_most, spread
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from sd_engine import shipped_model
 from sd_engine.finite import is_finite
 
@@ -246,8 +246,9 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="where the files are written for the time of it; else where /tmp is"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "cold.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cold.json")
     args = parser.parse_args()
+    args.out = args.out or result_file("cold.json", quick=args.quick)
     lines, floor = everything(args)
     found = goals(lines, floor)
     show(lines, found)

@@ -50,7 +50,7 @@ from benchmarks import gpu_model, gpu_packs, gpu_stages, plots
 from benchmarks.goals import as_json, at_least
 from benchmarks.gpu_model import Setup
 from benchmarks.gpu_stages import Figure, Stage
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from sd_engine.devices import DTYPES
 
 GOALS: Final = (11.0, 13.0)  # pictures per second on an H200
@@ -202,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    args.out = args.out or RESULTS / ("gpu.json" if dtype != torch.float16 else "gpu_fp16.json")
+    name = "gpu.json" if dtype != torch.float16 else "gpu_fp16.json"
+    args.out = args.out or result_file(name, quick=args.quick)
     setup = replace((gpu_model.quick if args.quick else gpu_model.full)(device, dtype), ways=args.ways)
     setup = replace(setup, sizes=args.sizes or setup.sizes)
     known = loads(args.out.read_text("utf-8")) if args.out.exists() else {}

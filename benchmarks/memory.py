@@ -29,7 +29,7 @@ import torch
 from benchmarks import plots
 from benchmarks.accounting import META, FusedAttention, LiveBytes, Phases
 from benchmarks.memory_rows import PARTS, REAL, WHO, counted, resident
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from sd_engine import Engine, Model, Request, shipped_model
 from sd_engine.clip import ClipTextEncoder
 from sd_engine.devices import DTYPES
@@ -127,9 +127,10 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--pictures", type=int, default=1, help="pictures of one pack")
     parser.add_argument("--plain-attention", action="store_true", help="count the matrix of scores, too")
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/memory.json")
     parser.add_argument("--quick", action="store_true", help="rows of the smallest size, counted alone")
     args = parser.parse_args()
+    args.out = args.out or result_file("memory.json", quick=args.quick)
     of_rows = rows(SIDES[:1] if args.quick else SIDES, real=not args.quick and sys.platform.startswith("linux"))
     show_rows(of_rows)
     lines = table(side=args.side, pictures=args.pictures, fused=not args.plain_attention)

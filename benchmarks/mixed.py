@@ -49,7 +49,7 @@ from benchmarks.nights import (
     staggered,
     work,
 )
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from benchmarks.static_batches import WAYS
 from sd_engine import Engine, Model, load_model, shipped_model
 
@@ -152,8 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_curve(parser)
     parser.add_argument("--device", default="cpu", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")
-    parser.add_argument("--out", type=Path, default=RESULTS / "mixed.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/mixed.json")
     args = parser.parse_args(arguments)
+    args.out = args.out or result_file("mixed.json", quick=args.quick)
     if args.quick:
         args.jobs, args.measured_jobs, args.repeats = min(args.jobs, 60), min(args.measured_jobs, 3), 1
     curve = Curve.of(args)

@@ -35,7 +35,7 @@ from benchmarks.goals import Goal, as_json, at_least, at_most
 from benchmarks.parity import PICTURE_BAR
 from benchmarks.parity_models import FAMILIES, open_reference, write_model
 from benchmarks.pipeline_turns import GUIDANCE, STEPS, Turn, draw_ours, draw_reference, fastest_layout
-from benchmarks.report import RESULTS, write
+from benchmarks.report import result_file, write
 from sd_engine import Model, load_model, shipped_model
 from sd_engine.devices import DTYPES, pick_device, working_dtype
 from worker.memory import keep_freed_memory
@@ -190,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help="of both sides")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/pipeline.json, or pipeline_bf16.json")
     args = parser.parse_args(arguments)
-    args.out = args.out or RESULTS / ("pipeline.json" if args.dtype == "fp32" else f"pipeline_{args.dtype}.json")
+    name = "pipeline.json" if args.dtype == "fp32" else f"pipeline_{args.dtype}.json"
+    args.out = args.out or result_file(name, quick=args.quick)
     _hush()
     found = []
     for one in contests(args):

@@ -16,6 +16,11 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def result_file(name: str, *, quick: bool) -> Path:
+    """Where a result goes that is not told where: a quick one says nothing about speed, and replaces none that does."""
+    return RESULTS / "quick" / name if quick else RESULTS / name
+
+
 def write(path: Path, result: Mapping[str, object], *, device: str = "cpu", beside: tuple[str, ...] = ()) -> None:
     """Write a result as JSON. `beside`: distributions, other than torch, whose versions matter, if they are there."""
     where = {

@@ -158,8 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--workers", default=",".join(map(str, SIZES)), help="sizes of the fleet (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="1 and 2 workers, a few jobs")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "scale.json", help="JSON; the plot lies beside it")
+    parser.add_argument("--out", type=Path, help="JSON, the plot beside it; default: benchmarks/results/scale.json")
     options = parser.parse_args(arguments)
+    options.out = options.out or report.result_file("scale.json", quick=options.quick)
     sizes = (1, 2) if options.quick else tuple(int(size) for size in options.workers.split(","))
     with tempfile.TemporaryDirectory(prefix="nightshift-scale-") as folder, ExitStack() as stack:
         result = measure(Fleet(Path(folder), stack), sizes, options.quick)

@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, help="JSON, the plot beside it; default: service.json, service_sd15_bf16.json"
     )
     options = parser.parse_args(arguments)
-    options.out = options.out or report.RESULTS / result_name(options.model, options.dtype)
+    options.out = options.out or report.result_file(result_name(options.model, options.dtype), quick=options.quick)
     if options.quick:
         options.loads, options.steps, options.rounds, options.threads = [Load(96, 2)], 2, 1, "1"
     threads = [int(number) for number in options.threads.split(",")]

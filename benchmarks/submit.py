@@ -258,10 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of everything (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="400 rows, one round")
-    parser.add_argument(
-        "--out", type=Path, default=report.RESULTS / "submit.json", help="JSON; the plot lies beside it"
-    )
+    parser.add_argument("--out", type=Path, help="JSON, the plot beside it; default: benchmarks/results/submit.json")
     options = parser.parse_args(arguments)
+    options.out = options.out or report.result_file("submit.json", quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="nightshift-submit-") as folder, ExitStack() as stack:
         bench = Bench(Path(folder), stack, 400 if options.quick else options.rows)
         result = measure(bench, 1 if options.quick else options.rounds)

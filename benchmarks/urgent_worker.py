@@ -22,8 +22,9 @@ from jobs.fields import URGENT_PRIORITY
 from tests.integration.processes import wait_until
 
 # Jobs that a worker holds, and pictures of a pack: an urgent job waits for the step that runs when it comes, and on a
-# CPU a step takes as many times as long as it has pictures (four in `benchmarks.urgent`, too).
-HELD, PACK = 16, 4
+# CPU a step takes as many times as long as it has pictures. Of sixteen it takes most of a picture's time.
+HELD = 16
+PACKS = (4, 16)
 # Of the shipped model: about two seconds a picture on two cores, as a graphics card takes for one.
 SIDE = 320
 STEPS = 20
@@ -31,10 +32,13 @@ BULK = "bulk"
 URGENT = "ours, urgent"
 
 
-def through_workers(samples: int, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker."""
+def through_workers(samples: int, seed: int, pack: int) -> dict[str, dict[str, list[float]]]:
+    """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker.
+
+    pack: the most bulk pictures of one.
+    """
     with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
-        options = ["--concurrency", str(HELD), "--max-units", str(2 * PACK * (SIDE // 8) ** 2)]
+        options = ["--concurrency", str(HELD), "--max-units", str(2 * pack * (SIDE // 8) ** 2)]
         bench = Bench(Path(folder), stack, options)
         found = {}
         for lane in LANES:
