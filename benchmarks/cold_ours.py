@@ -17,9 +17,9 @@ def load(path: str, dtype: str, tokenizer: str) -> tuple[Model, Iterable[Tensor]
     return model, (tensor for module in model.modules.values() for tensor in module.state_dict().values())
 
 
-def draw(model: Model) -> None:
-    """One picture as it comes: guided, 20 steps."""
-    Engine(model).render([Request("a red star", seed=1, steps=20, guidance=5.0)])
+def draw(model: Model, side: int | None) -> None:
+    """One picture: guided, 20 steps."""
+    Engine(model).render([Request("a red star", seed=1, steps=20, guidance=5.0, width=side, height=side)])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ _PAGE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What to do. task: "picture" or "load". warm: a small model, loaded before the clock starts; None: none is.
+    """What to do. task: "picture" or "load". side: of the picture in pixels; None: as it comes. warm: a small model,
+    loaded before the clock starts; None: none is.
 
     Without it, what is imported or made on first use counts as loading.
     """
@@ -31,13 +32,15 @@ class Told:
     dtype: str
     tokenizer: str
     warm: str | None = None
+    side: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Moments: the imports were done, the call to load began and returned, every weight was touched, the end.
 
-    before: resident memory before loading; peak: the most of it until every weight was touched. weights: their size.
+    before: resident memory before loading; peak: the most of it until every weight was touched; drawn_peak: until the
+    end. weights: their size.
     read: what came from the disk while loading; None where the kernel does not tell.
     """
 
@@ -48,12 +51,13 @@ class Answer:
     ended: float
     before: int
     peak: int
+    drawn_peak: int
     weights: int
     read: int | None
 
 
-def answer(load: Callable[[str, str, str], tuple[Any, Iterable[Any]]], draw: Callable[[Any], None]) -> None:
-    """Do what this process is told. load: (path, dtype, tokenizer) -> model, its tensors; draw: one picture."""
+def answer(load: Callable[[str, str, str], tuple[Any, Iterable[Any]]], draw: Callable[[Any, int | None], None]) -> None:
+    """Do what this process is told. load: (path, dtype, tokenizer) -> model, its tensors; draw: of a side."""
     imported = time.monotonic()
     told = Told(**json.loads(sys.argv[1]))
     if told.warm is not None:
@@ -67,9 +71,9 @@ def answer(load: Callable[[str, str, str], tuple[Any, Iterable[Any]]], draw: Cal
     touched = time.monotonic()
     peak, read = status("VmHWM"), _read()
     if told.task == "picture":
-        draw(model)
+        draw(model, told.side)
     moments = Answer(
-        imported, began, loaded, touched, time.monotonic(), before, peak, weights,
+        imported, began, loaded, touched, time.monotonic(), before, peak, status("VmHWM"), weights,
         None if read is None or read_before is None else read - read_before,
     )  # fmt: skip
     print(json.dumps(asdict(moments)), flush=True)

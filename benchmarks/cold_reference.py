@@ -27,10 +27,11 @@ def load(path: str, dtype: str, tokenizer: str) -> tuple[Any, Iterable[Tensor]]:
     return pipeline, (tensor for module in modules for tensor in module.state_dict().values())
 
 
-def draw(pipeline: Any) -> None:
-    """One picture as it comes: guided, 20 steps."""
+def draw(pipeline: Any, side: int | None) -> None:
+    """One picture: guided, 20 steps."""
+    asked = {"num_inference_steps": 20, "guidance_scale": 5.0, "width": side, "height": side}
     with torch.inference_mode():
-        pipeline("a red star", num_inference_steps=20, guidance_scale=5.0, generator=torch.Generator().manual_seed(1))
+        pipeline("a red star", **asked, generator=torch.Generator().manual_seed(1))
 
 
 if __name__ == "__main__":

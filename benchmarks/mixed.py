@@ -125,6 +125,9 @@ def goals(figures: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
         at_least(f"images/s >= 1.5 x {SLOWEST}", rate[OURS] / rate[SLOWEST], 1.5),
         at_least(f"images/s >= 1.15 x {EQUAL}", rate[OURS] / rate[EQUAL], 1.15),
         at_least("fill while work waits >= 0.9", float(figures[OURS]["fill_while_work_waits"]), 0.9),
+        at_least(
+            "fill of all packs >= 0.9", float(figures[OURS]["fill"]), 0.9, "the last jobs of a night have no company"
+        ),
     ]
 
 

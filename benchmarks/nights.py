@@ -214,8 +214,12 @@ class MeteredPacker(Packer):
         if packed:
             lane = packed[0].lane
             waits = any(queues.waiting for (of, _), queues in self._lanes.items() if of == lane)
-            self.fill.packs.append((sum(row.units for row in packed), self.limit(lane), waits))
+            self.fill.packs.append((sum(row.units for row in packed if self.draws(row)), self.limit(lane), waits))
         return packed
+
+    def draws(self, row: Row) -> bool:
+        """Whether the row's step brings its picture on: what only fills a place does not count as filled."""
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,19 @@ from pathlib import Path
 
 import torch
 
+from sd_engine.devices import DTYPES, computes
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def result_file(name: str, *, quick: bool) -> Path:
     """Where a result goes that is not told where: a quick one says nothing about speed, and replaces none that does."""
     return RESULTS / "quick" / name if quick else RESULTS / name
+
+
+def multiplied_here() -> list[str]:
+    """The dtypes that a benchmark of a CPU is of: float32, and bfloat16 where the CPU multiplies that by itself."""
+    return [name for name in ("fp32", "bf16") if computes(DTYPES[name])]
 
 
 def write(path: Path, result: Mapping[str, object], *, device: str = "cpu", beside: tuple[str, ...] = ()) -> None:

@@ -16,6 +16,7 @@ import psycopg
 import redis
 
 from benchmarks.goals import spread
+from jobs.fields import URGENT_PRIORITY
 from jobs.spec import JobSpec
 from jobs.states import State
 from jobs.store import Store
@@ -25,6 +26,7 @@ from tests.faults import lanes, zygote
 from tests.faults.fake_runner import Entry
 from tests.faults.harness import Night, Worker
 from tests.faults.lanes import Place
+from worker.lookout import BELL_AGE_S
 from worker.process import Options
 
 #: What a worker uses unless it is told otherwise.
@@ -195,6 +197,7 @@ def throughput(fleet: Fleet, workers: int, kind: Kind, jobs: int) -> dict[str, A
         "broker_clients_per_worker": round(clients / workers, 1),
         "transactions_per_job": round((after.transactions - before.transactions) / jobs, 1),
         "postgres_ms_per_job": round(1e3 * (after.postgres_s - before.postgres_s) / jobs, 2),
+        "postgres_cores_busy": round((after.postgres_s - before.postgres_s) / spent_s, 3),
         "redis_ms_per_job": round(1e3 * (after.redis_s - before.redis_s) / jobs, 2),
         "worker_ms_per_job": round(1e3 * (after.workers_s - before.workers_s) / jobs, 2),
         "worker_s_per_job": round(workers * spent_s / jobs, 3),
@@ -281,6 +284,9 @@ def statements(fleet: Fleet, rounds: int) -> dict[str, float]:
             "heartbeat": lambda: store.heartbeat("bench:0:1", mine),
             "cancel_poll": lambda: store.cancel_requested("bench:0:1"),
             "sweep": store.sweep,
+            "lookout": lambda: store.due(
+                2, models=["m"], older_than_s=BELL_AGE_S, priority_from=URGENT_PRIORITY
+            ),  # no urgent job waits, as usual
         }
         cost |= {name: _cost(postmaster, rounds, call) for name, call in asked.items()}
         left = iter(claims)

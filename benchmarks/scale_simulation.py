@@ -15,8 +15,16 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-#: Seconds between two of the things that a worker asks by the clock (`worker.sweeper`, `worker.heartbeat`).
-PERIODS: Mapping[str, float] = {"heartbeat": 10.0, "cancel_poll": 1.0, "sweep": 5.0, "due": 5.0}
+from worker.sweeper import WITH_BROKER
+
+#: Seconds between two of the things that a full worker asks by the clock (`worker.sweeper`, `worker.heartbeat`).
+PERIODS: Mapping[str, float] = {
+    "heartbeat": 10.0,
+    "cancel_poll": 1.0,
+    "sweep": WITH_BROKER.sweep_s,
+    "due": WITH_BROKER.idle_s,
+    "lookout": WITH_BROKER.lookout_s,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,16 @@ class Prices:
     redis_ms: float
     connections: float
     broker_clients: float
+
+    @property
+    def clock_ms(self) -> float:
+        """PostgreSQL's CPU a second, of what one full worker asks by the clock."""
+        return sum(self.statements_ms[what] / period for what, period in PERIODS.items())
+
+    @property
+    def job_ms(self) -> float:
+        """PostgreSQL's CPU of a job."""
+        return self.statements_ms["claim"] + self.statements_ms["finish"] + self.other_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +223,7 @@ def simulate(house: House, sizes: Sequence[int], *, least_s: float = 5.0, seed: 
 def limits(house: House) -> dict[str, int]:
     """The workers at which each part ends, by its prices alone; the least of them breaks first."""
     prices = house.prices
-    clock_ms = sum(prices.statements_ms[what] / period for what, period in PERIODS.items())
-    job_ms = prices.statements_ms["claim"] + prices.statements_ms["finish"] + prices.other_ms
+    clock_ms, job_ms = prices.clock_ms, prices.job_ms
     bound = {
         # Three are kept for whoever repairs it.
         "PostgreSQL's connections": (house.max_connections - 3) / prices.connections,
@@ -217,5 +234,9 @@ def limits(house: House) -> dict[str, int]:
         "sweeper and ringer alone, of PostgreSQL's cores": 5e3
         * house.database_cores
         / (prices.statements_ms["sweep"] + prices.statements_ms["due"]),
+        "looks for urgent jobs alone, of PostgreSQL's cores": 1e3
+        * PERIODS["lookout"]
+        * house.database_cores
+        / prices.statements_ms["lookout"],
     }
     return {name: int(size) for name, size in bound.items()}

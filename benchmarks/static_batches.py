@@ -41,6 +41,11 @@ class StaticPacker(MeteredPacker):
     ) -> None:
         super().__init__(max_units, max_rows=max_rows)
         self._alike, self._padded = alike, padded
+        self._steps: dict[int, int] = {}  # of the padded rows, by id, without the padding
+
+    def draws(self, row: Row) -> bool:
+        """As `MeteredPacker.draws`."""
+        return row.step < self._steps.get(row.id, len(row.table))
 
     def admit(self) -> list[Row]:
         """As `Packer.admit`: a whole batch, when the one before has ended."""
@@ -54,6 +59,7 @@ class StaticPacker(MeteredPacker):
         if self._padded and batch:
             longest = max(len(row.table) for row in batch)
             for row in batch:
+                self._steps[row.id] = len(row.table)
                 row.table = idling(row.table, longest)
         return batch
 

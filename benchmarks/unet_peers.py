@@ -6,13 +6,14 @@ Legend of the shape suffixes: U U-Net rows, C channels, H height, W width, T tex
 from __future__ import annotations
 
 import copy
-import gc
 import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -86,7 +87,7 @@ class Peers:
         if name == "channels-last":
             return _eager(_channels_last(reference))
         if name == "compiled":
-            compiled = _compiled(reference)
+            compiled = _compiled(_channels_last(reference))
             return lambda x, t, text: compiled(x, t, text, return_dict=False)[0]
         return self._openvino(inputs)
 
@@ -172,34 +173,43 @@ def _compiled(module: nn.Module) -> Any:
 def _openvino(reference: Any, inputs: Inputs, folder: Path) -> Forward:
     """For these shapes alone, in the precision of the weights; from a file, so that its weights are not held twice."""
     openvino = importlib.import_module("openvino")
-    # It is traced in float32, and rounded when it is compiled.
-    traced = reference if inputs.x_UCHW.dtype == torch.float32 else copy.deepcopy(reference).float()
-
-    class Plain(nn.Module):
-        def forward(self, x_UCHW: Tensor, sinusoids_UE: Tensor, text_UTD: Tensor) -> Tensor:
-            with mock.patch.object(traced, "get_time_embed", return_value=sinusoids_UE):
-                prediction_UCHW: Tensor = traced(x_UCHW, 0, text_UTD, return_dict=False)[0]
-            return prediction_UCHW
-
-    def given(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Sinusoids of the timesteps: OpenVINO would round their angles to bfloat16, by up to 2 at 980.
-        return x_UCHW.float(), reference.time_proj(t_U), text_UTD.float()
-
-    example = given(inputs.x_UCHW, inputs.t_U, inputs.text_UTD)
-    model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
-    openvino.save_model(model, folder / "unet.xml", compress_to_fp16=inputs.x_UCHW.dtype != torch.float32)
-    del model
-    gc.collect()
+    # In a process of its own: what traces and converts keeps copies of the weights until it ends.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        path = pool.submit(_converted, dict(reference.config), inputs, folder).result()
     precision = "f32" if inputs.x_UCHW.dtype == torch.float32 else "bf16"
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(folder / "unet.xml", "CPU", options)
+    compiled = openvino.Core().compile_model(path, "CPU", options)
 
     def forward(x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> Tensor:
-        prediction = compiled([each.numpy() for each in given(x_UCHW, t_U, text_UTD)])[0]
-        return torch.from_numpy(prediction).to(x_UCHW.dtype)
+        given = _given_to_openvino(reference, x_UCHW, t_U, text_UTD)
+        return torch.from_numpy(compiled([each.numpy() for each in given])[0]).to(x_UCHW.dtype)
 
     return forward
+
+
+def _given_to_openvino(reference: Any, x_UCHW: Tensor, t_U: Tensor, text_UTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Sinusoids of the timesteps: OpenVINO would round their angles to bfloat16, by up to 2 at 980.
+    return x_UCHW.float(), reference.time_proj(t_U), text_UTD.float()
+
+
+@torch.inference_mode()
+def _converted(config: Mapping[str, Any], inputs: Inputs, folder: Path) -> Path:
+    """The file of the reference with the same weights, which are made anew, for these shapes."""
+    openvino = importlib.import_module("openvino")
+    dtype = inputs.x_UCHW.dtype
+    reference = _reference({name: config[name] for name in FULL}, dtype).float()  # it is rounded when it is compiled
+
+    class Plain(nn.Module):
+        def forward(self, x_UCHW: Tensor, sinusoids_UE: Tensor, text_UTD: Tensor) -> Tensor:
+            with mock.patch.object(reference, "get_time_embed", return_value=sinusoids_UE):
+                prediction_UCHW: Tensor = reference(x_UCHW, 0, text_UTD, return_dict=False)[0]
+            return prediction_UCHW
+
+    example = _given_to_openvino(reference, inputs.x_UCHW, inputs.t_U, inputs.text_UTD)
+    model = openvino.convert_model(Plain(), example_input=example, input=[list(each.shape) for each in example])
+    openvino.save_model(model, folder / "unet.xml", compress_to_fp16=dtype != torch.float32)
+    return folder / "unet.xml"

@@ -16,7 +16,7 @@ FLOOR = {"look_for_not_finite": 0.1, "convert_to_fp32": 2.0}
 
 
 def _run(total: float, peak: int = 100) -> Run:
-    return Run(total, imports=2.0, call=total, touch=0.0, before=50, peak=peak, weights=100, read=None)
+    return Run(total, imports=2.0, call=total, touch=0.0, before=50, peak=peak, drawn_peak=peak, weights=100, read=None)
 
 
 def test_a_line_has_the_median_with_its_spread_and_the_worst_peak() -> None:

@@ -27,9 +27,12 @@ def test_one_step_says_nothing_about_the_next() -> None:
 
 
 def test_pictures_must_agree_where_the_tolerance_is_stated() -> None:
-    found = [{"model": "m", "side": 64, "one by one, x reference": 1.5, "levels_apart": 3.0}]
+    ours = {"before_s": 1.0, "step_s": 0.9, "after_s": 1.0, "outside_unet": 0.05}
+    about = {"model": "m", "side": 64, "steps_of_the_figures": 20, "ways": {"ours, one by one": ours}}
+    found = [about | {"one by one, x reference": 1.5, "levels_apart": 3.0}]
     assert [goal.passed for goal in goals(found, "fp32")] == [True, False]
     assert [goal.passed for goal in goals(found, "bf16")] == [True, True]
+    assert "5.0% of a step" in goals(found, "bf16")[0].why and "10.0% of a picture" in goals(found, "bf16")[0].why
     found[0]["levels_apart"] = 17.0
     assert [goal.passed for goal in goals(found, "bf16")] == [True, False]
     assert [goal.passed for goal in goals(found, "fp16")] == [True]

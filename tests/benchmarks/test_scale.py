@@ -12,7 +12,15 @@ from benchmarks.scale_fleet import steady_rate
 from benchmarks.scale_simulation import House, Prices, Simulation, limits, simulate
 from tests.faults.fake_runner import Entry
 
-STATEMENTS = {"claim": 1.0, "finish": 1.0, "heartbeat": 1.0, "cancel_poll": 1.0, "sweep": 1.0, "due": 1.0}
+STATEMENTS = {
+    "claim": 1.0,
+    "finish": 1.0,
+    "heartbeat": 1.0,
+    "cancel_poll": 1.0,
+    "sweep": 1.0,
+    "due": 1.0,
+    "lookout": 0.2,
+}
 PRICES = Prices(STATEMENTS, other_ms=0.0, redis_ms=0.1, connections=4.0, broker_clients=5.0)
 
 
@@ -45,22 +53,22 @@ def test_what_the_statements_do_not_explain_of_a_job_is_a_price_too() -> None:
         "broker_clients_per_worker": 5.0,
         "worker_s_per_job": 0.5,
     }
-    # Its claim and its finish take 2 ms, what is asked by the clock 1.5 ms a second.
-    assert prices({"statements_ms": STATEMENTS, "cpu": [row]}).other_ms == 0.75
+    # Its claim and its finish take 2 ms, what is asked by the clock 2.5 ms a second.
+    assert prices({"statements_ms": STATEMENTS, "cpu": [row]}).other_ms == 0.25
 
 
 def test_the_part_with_the_least_room_ends_first() -> None:
     ends = limits(House(PRICES, max_connections=103, database_cores=8))
     assert ends["PostgreSQL's connections"] == 25
-    # 2 ms a job and 1.5 ms by the clock, a second
-    assert ends["PostgreSQL's cores"] == int(8000 / 3.5)
+    # 2 ms a job and 2.5 ms by the clock, a second
+    assert ends["PostgreSQL's cores"] == int(8000 / 4.5)
     assert min(ends, key=lambda name: ends[name]) == "PostgreSQL's connections"
 
 
 def test_a_database_with_room_keeps_every_gpu_busy_and_works_as_much_as_its_prices_say() -> None:
     (outcome,) = simulate(House(PRICES, pack=2, database_cores=1), [50])
     assert outcome.efficiency == pytest.approx(1.0, abs=0.1)
-    assert outcome.database_busy == pytest.approx(50 * 3.5e-3, rel=0.15)
+    assert outcome.database_busy == pytest.approx(50 * 4.5e-3, rel=0.15)
 
 
 def test_a_database_without_room_draws_what_it_can_answer() -> None:

@@ -38,7 +38,7 @@ def test_a_prediction_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: p
 def test_each_dtype_that_the_machine_multiplies_has_a_file_and_a_quick_run_replaces_no_published_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unet, "computes", lambda dtype: True)
+    monkeypatch.setattr(report, "computes", lambda dtype: True)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert unet.main(["--quick", "--rows", "1", "--repeats", "1", "--peers", "ours"]) == 0
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.json")) == [
