@@ -3,17 +3,16 @@
     python -m benchmarks.gpu                                 (on a CUDA machine; 50 minutes at most)
     python -m benchmarks.gpu --quick --device cpu            (the code alone, on a tiny model; says nothing about speed)
 
-or in parts of less than ten minutes, each of which keeps what the ones before it wrote:
+or in parts, the first of which decide the most; each keeps what the ones before it wrote, and `--seconds` ends it:
 
-    python -m benchmarks.gpu --stages correct,ceilings,attention,norm,vae,packs --ways "eager;eager, channels-last"
-    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last" --sizes 1,4,16,32
-    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last" --sizes 2,3,8,64
-    python -m benchmarks.gpu --stages packs,no_wait --ways "compiled, graphs;eager, channels-last, best attention"
-    python -m benchmarks.gpu --stages buckets
-    python -m benchmarks.gpu --stages reference
-    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last, best attention;compiled"
-    python -m benchmarks.gpu --stages packs --ways "eager, channels-last, other half"
-    python -m benchmarks.gpu --stages packs --ways "compiled, channels-last, other half"
+    python -m benchmarks.gpu --seconds 540 --stages correct,ceilings,packs --sizes 32,16 \\
+        --ways "eager, channels-last;compiled, channels-last"
+    python -m benchmarks.gpu --seconds 540 --stages attention,norm,vae,no_wait,packs \\
+        --ways "compiled, graphs;eager, channels-last, best attention"
+    python -m benchmarks.gpu --seconds 540 --stages reference,packs --sizes 16,32 --ways "eager;compiled"
+    python -m benchmarks.gpu --seconds 540 --stages packs --sizes 64,8,4,1,2,3 --ways "compiled, channels-last"
+    python -m benchmarks.gpu --seconds 540 --stages buckets,packs --sizes 16,32 \\
+        --ways "compiled, channels-last, best attention;compiled, channels-last, other half"
 
 SD 1.5's size with random weights, 512 x 512, 20 guided steps. Stages, in this order; after every figure all that is
 known is written, so that a run that is cut leaves what it had, and each stage ends at its own time limit:
@@ -22,14 +21,14 @@ known is written, so that a run that is cut leaves what it had, and each stage e
 - ceilings: matrix products and the U-Net's convolutions, TFLOP/s. `share` is of the fastest matrix product.
 - attention: every backend at every level. norm: GroupNorm and SiLU at every level, eager and compiled, in both layouts.
 - vae: decoding alone.
-- no_wait: a step in which waiting for the device is an error, and what a profile of one counts; eager and compiled.
+- no_wait: where a step waits for the device, if it does, and what a profile of one counts; eager and compiled.
 - packs: pictures per second by pictures of a pack; eager and compiled, contiguous and channels-last, with the fastest
   attention of each level, in the other half precision, as CUDA graphs; peak memory.
 - buckets: pictures that end one by one, in packs as they come and in packs padded to a few sizes.
 - reference: the reference's pipeline, eager and compiled, in the same run (needs diffusers).
 
-Writes `benchmarks/results/gpu.json` (in fp16 `gpu_fp16.json`) and a plot. Without a CUDA device it says so and exits
-with 2; with 1 where it is wrong.
+Writes `benchmarks/results/gpu.json` (in float16 `gpu_float16.json`) and a plot. Without a CUDA device it says so and
+exits with 2; with 1 where a result is wrong or a stage failed.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from json import dumps, loads
 from pathlib import Path
 from typing import Any, Final
@@ -51,7 +51,7 @@ from benchmarks import gpu_model, gpu_packs, gpu_stages, plots
 from benchmarks.goals import as_json, at_least
 from benchmarks.gpu_model import Setup
 from benchmarks.gpu_stages import Figure, Stage
-from benchmarks.report import result_file, write
+from benchmarks.report import result_file, stamp, write
 from sd_engine.devices import DTYPES
 
 GOALS: Final = (11.0, 13.0)  # pictures per second on an H200
@@ -80,58 +80,102 @@ STAGES: Final[dict[str, tuple[Stage, float]]] = {
 }
 
 
-def run(setup: Setup, names: list[str], out: Path, known: dict[str, Any]) -> int:
-    """Run the stages, writing after every figure -> exit code. known: what earlier runs wrote."""
-    stages = known.setdefault("stages", {})
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The file of all figures, written after every one. deadline: on `time.monotonic`, when no more is begun."""
+
+    out: Path
+    known: dict[str, Any]
+    setup: Setup
+    deadline: float = math.inf
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        stages: dict[str, Any] = self.known.setdefault("stages", {})
+        return stages
+
+    @property
+    def wrong(self) -> bool:
+        """Whether a result was not what it must be."""
+        return not all(figure["right"] for figure in self.stages.get("correct", {}).get("figures", ()))
+
+    def begin(self, name: str) -> None:
+        """A stage, whose figures of earlier runs stay until others come in their place."""
+        earlier = self.stages.get(name, {}).get("figures", [])
+        self.stages[name] = {"figures": earlier, "cut": False, "made": stamp(self._device)}
+
+    def add(self, name: str, figure: Figure) -> None:
+        """A figure, in the place of an earlier one of the same."""
+        others = [each for each in self.stages[name]["figures"] if _identity(each) != _identity(figure)]
+        self.stages[name]["figures"] = [*others, figure]
+        self.write()
+
+    def write(self) -> None:
+        """All that is known, and what follows from it."""
+        summarize(self.known)
+        # What one kernel gave as "not a number" would be no JSON.
+        write(self.out, loads(dumps(self.known, default=str)), device=self._device, beside=("diffusers",))
+
+    @property
+    def _device(self) -> str:
+        return torch.cuda.get_device_name(self.setup.device) if self.setup.cuda else "cpu"
+
+
+_IDENTITY: Final = ("way", "pictures", "what", "how", "level", "kind", "buckets")
+
+
+def _identity(figure: Figure) -> tuple[Any, ...]:
+    return tuple(figure.get(name) for name in _IDENTITY)
+
+
+def run(names: list[str], kept: Kept) -> int:
+    """Run the stages, writing after every figure -> exit code."""
+    whole = True
     for name in names:
-        if not all(figure["right"] for figure in stages.get("correct", {}).get("figures", ())):
+        if kept.wrong:
             print("the results are wrong: no speed is measured", file=sys.stderr)
             break
         stage, limit = STAGES[name]
-        kept = _kept(stages.get(name, {}), setup) if name == "packs" else []
-        stages[name] = {"figures": kept, "cut": False}
+        kept.begin(name)
         print(f"--- {name}", flush=True)
-        _figures(stage(setup), limit, stages[name], lambda: _write(out, known, setup))
-    summarize(known)
-    _write(out, known, setup)
-    for goal in known["goals"]:
+        whole = _figures(name, stage(kept.setup), min(time.monotonic() + limit, kept.deadline), kept) and whole
+    for goal in kept.known.get("goals", ()):
         print(goal)
-    _plot(known, out)
-    return 0 if all(figure["right"] for figure in stages.get("correct", {}).get("figures", ())) else 1
+    _plot(kept.known, kept.out)
+    return 0 if whole and not kept.wrong else 1
 
 
-def _kept(stage: dict[str, Any], setup: Setup) -> list[Figure]:
-    """Figures of an earlier run, of ways and sizes that are not asked for now."""
-    return [figure for figure in stage.get("figures", ()) if not _asked_again(figure, setup)]
+def _figures(name: str, figures: Iterator[Figure], deadline: float, kept: Kept) -> bool:
+    """Take figures while there is time for one as long as the longest -> whether none failed its stage.
 
-
-def _asked_again(figure: Figure, setup: Setup) -> bool:
-    way = not setup.ways or figure.get("way") in (None, *setup.ways)
-    return way and figure.get("pictures") in (None, *setup.sizes)  # None: of no way, of no size
-
-
-def _figures(figures: Iterator[Figure], limit: float, into: dict[str, Any], save: Any) -> None:
-    """Take figures until the limit. One that fails ends its stage, not the run: the machine is lent for minutes."""
-    began = time.monotonic()
+    One that fails ends its stage, not the run: the machine is lent for minutes.
+    """
+    stage, began, longest = kept.stages[name], time.monotonic(), 0.0
+    asked = began
     try:
         for figure in figures:
-            into["figures"].append(figure)
-            into["seconds"] = time.monotonic() - began
+            now = time.monotonic()
+            longest, asked = max(longest, now - asked), now
+            stage["seconds"] = now - began
             print(dumps(figure, default=str)[:400], flush=True)
-            save()
-            if into["seconds"] > limit:
-                into["cut"] = True
+            kept.add(name, figure)
+            if now + longest > deadline:
+                stage["cut"] = True
+                kept.write()
                 break
     except Exception as error:  # whatever it is: the other stages are still to be measured
-        into["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        print(into["failed"], file=sys.stderr, flush=True)
-        save()
+        stage["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        print(stage["failed"], file=sys.stderr, flush=True)
+        kept.write()
+    return "failed" not in stage
 
 
 def summarize(known: dict[str, Any]) -> None:
     """The fastest way, its share of the machine, the ratio to the reference, and the goals."""
     stages = known["stages"]
-    best = max(_speeds(stages, "packs"), key=lambda figure: float(figure["images_per_s"]), default=None)
+    known.pop("best", None)
+    comparable = (figure for figure in _speeds(stages, "packs") if figure["dtype"] == known["dtype"])
+    best = max(comparable, key=lambda figure: float(figure["images_per_s"]), default=None)
     theirs = max((figure["images_per_s"] for figure in _speeds(stages, "reference")), default=None)
     products = [each["tflops"] for each in stages.get("ceilings", {}).get("figures", ()) if "matmul" in each["what"]]
     for figure in _speeds(stages, "packs"):
@@ -152,17 +196,12 @@ def _speeds(stages: dict[str, Any], name: str) -> list[Figure]:
     return [figure for figure in stages.get(name, {}).get("figures", ()) if "images_per_s" in figure]
 
 
-def _write(out: Path, known: dict[str, Any], setup: Setup) -> None:
-    device = torch.cuda.get_device_name(setup.device) if setup.cuda else "cpu"
-    # What one kernel gave as "not a number" would be no JSON.
-    write(out, loads(dumps(known, default=str)), device=device, beside=("diffusers",))
-
-
 def _plot(known: dict[str, Any], out: Path) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for name, who in (("packs", "ours"), ("reference", "reference")):
         for figure in _speeds(known["stages"], name):
             lines.setdefault(f"{who}, {figure['way']}", []).append((figure["pictures"], figure["images_per_s"]))
+    lines = {who: sorted(points) for who, points in lines.items()}
     if lines:
         plots.curves(out.with_suffix(".png"), "SD 1.5's size on a GPU", ("pictures of a pack", "pictures/s"), lines)
 
@@ -198,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     ways = "; ".join(gpu_packs.WAYS)
     parser.add_argument("--ways", type=_ways, default=(), help=f"of packs, between semicolons: {ways}")
     parser.add_argument("--sizes", type=_sizes, help="pictures of a pack, comma-separated")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json, in fp16 gpu_fp16.json")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would end later")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu.json, in float16 gpu_float16.json")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -208,15 +248,17 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    name = "gpu.json" if dtype != torch.float16 else "gpu_fp16.json"
+    name = "gpu.json" if dtype == torch.bfloat16 else f"gpu_{gpu_stages.name_of(dtype)}.json"
     args.out = args.out or result_file(name, quick=args.quick)
     setup = replace((gpu_model.quick if args.quick else gpu_model.full)(device, dtype), ways=args.ways)
     setup = replace(setup, sizes=args.sizes or setup.sizes)
     known = loads(args.out.read_text("utf-8")) if args.out.exists() else {}
     asked = {"quick": args.quick, "dtype": str(dtype), "side": setup.side, "steps": setup.steps}
-    if any(known.get(key) != value for key, value in asked.items()):
-        known = {}  # figures of something else are not to stand beside these
-    return run(setup, args.stages, args.out, known | asked)
+    if known and any(known.get(key) != value for key, value in asked.items()):
+        print(f"{args.out} holds figures of something else than {asked}: name another file by --out", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + args.seconds
+    return run(args.stages, Kept(args.out, known | asked, setup, deadline))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -47,6 +49,14 @@ class Way:
         """The dtype that this way is measured in."""
         return _OTHER_HALF.get(setup.dtype, setup.dtype) if self.other_half else setup.dtype
 
+    def sizes_of(self, setup: Setup) -> list[int]:
+        """Pictures of a pack, of those asked for."""
+        return [pictures for pictures in setup.sizes if self.sizes is None or pictures in self.sizes]
+
+    def checked_rows(self, setup: Setup) -> int:
+        """U-Net rows of the call that is compared with the plain one: the first that is timed, and compiled anyway."""
+        return 2 * next(iter(self.sizes_of(setup)), 1)
+
 
 # Compiling a pack size takes a minute: of most ways the sizes that matter, and last what is hardly the fastest. CUDA
 # graphs pay where launches cost more than kernels.
@@ -64,8 +74,8 @@ WAYS: Final[Mapping[str, Way]] = {
     "compiled, graphs": Way(channels_last=True, compiled=_GRAPHS, sizes=_FEW),
     "compiled": Way(compiled={}, sizes=_SOME),
 }
-# The U-Net rows that packs are padded to where a graph or a program is kept for each: of 1 to 4 pictures, and on.
-GRAPHS_OF: Final = tuple(2 * pictures for pictures in _FEW)
+# The U-Net rows that packs are padded to where a graph or a program is kept for each.
+GRAPHS_OF: Final = (4, 8)
 BUCKETS: Final = (2, 4, 8, 16, 32)
 
 
@@ -76,39 +86,42 @@ def packs(setup: Setup, ways: Mapping[str, Way] | None = None) -> Iterator[Figur
     """
     flop = gm.row_flops(setup)
     yield {"what": "operations of a U-Net row", "tflop": flop / 1e12}
-    expected = _expected(setup)
-    for name, way in (ways or WAYS).items():
-        if not setup.ways or name in setup.ways:
-            yield from ({"way": name, **figure} for figure in _figures_of(setup, way, expected, flop))
+    asked = {name: way for name, way in (ways or WAYS).items() if not setup.ways or name in setup.ways}
+    expected = _expected(setup, {way.checked_rows(setup) for way in asked.values()})
+    for name, way in asked.items():
+        about = {"way": name, "dtype": str(way.dtype(setup))}
+        yield from (about | figure for figure in _figures_of(setup, way, expected[way.checked_rows(setup)], flop))
 
 
-def _expected(setup: Setup) -> Tensor:
-    with torch.inference_mode():
-        return gm.predicted(setup, gm.random_model(setup, setup.dtype).unet)
+def _expected(setup: Setup, calls: Iterable[int]) -> dict[int, Tensor]:
+    """What the plain U-Net predicts, by the rows of the call."""
+    unet = gm.random_model(setup, setup.dtype).unet
+    return {rows: gm.predicted(setup, unet, rows) for rows in calls}
 
 
 def _figures_of(setup: Setup, way: Way, expected: Tensor, flop: int) -> Iterator[Figure]:
     """Of one way. What fails (a kernel that does not compile, say) fails by itself: the others are still measured."""
     setup, bar = replace(setup, dtype=way.dtype(setup)), max(SAME[setup.dtype], SAME[way.dtype(setup)])
+    beside = "U-Net beside the plain one"
     with ExitStack() as while_measured:
         try:
             model = _arranged(setup, way, while_measured)
-            with torch.inference_mode():
-                found = gm.relative(gm.predicted(setup, model.unet), expected)
+            found = gm.relative(gm.predicted(setup, model.unet, way.checked_rows(setup)), expected)
         except Exception as error:
-            yield failed(error)
+            yield {"what": beside, **failed(error)}
             return
-        yield checked("U-Net beside the plain one", found, bar)
-        for pictures in setup.sizes if found <= bar else ():
-            if way.sizes is None or pictures in way.sizes:
-                yield {"pictures": pictures, **_drawn(setup, model, pictures, flop)}
+        yield checked(beside, found, bar)
+        for pictures in way.sizes_of(setup) if found <= bar else ():
+            yield {"pictures": pictures, **_drawn(setup, model, pictures, flop)}
 
 
 def _arranged(setup: Setup, way: Way, while_measured: ExitStack) -> Model:
     """A model whose U-Net is called this way, until the stack is closed."""
     model = gm.random_model(setup, way.dtype(setup))
+    while_measured.callback(gm.forget_compiled, model.unet)
     if way.channels_last:
-        model.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in (model.unet, model.vae):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.unet.conv_in.register_forward_pre_hook(
             lambda _, args: (args[0].contiguous(memory_format=torch.channels_last),)
         )
@@ -120,9 +133,9 @@ def _arranged(setup: Setup, way: Way, while_measured: ExitStack) -> Model:
     return model
 
 
-def _attended_by(best: Mapping[tuple[int, int], SDPBackend], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by the backend that was measured for so many queries and keys; of others by PyTorch's choice."""
-    backend = best.get((q.shape[2], k.shape[2]))
+def _attended_by(best: Mapping[tuple[int, int, int], SDPBackend], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by the backend that was measured for such a head; of others by PyTorch's choice."""
+    backend = best.get((q.shape[2], k.shape[2], q.shape[3]))
     if backend is None:
         return scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(backend):
@@ -150,7 +163,7 @@ def buckets(setup: Setup) -> Iterator[Figure]:
 
     `dummy` is the share of U-Net rows that nobody asked for, `programs` how many were compiled.
     """
-    few, many = (setup.sizes[-1],) * 2 if not setup.cuda else (4, 16)
+    few, many = (max(setup.sizes),) * 2 if not setup.cuda else (4, 16)
     yield from _leaving(setup, "eager, channels-last", many, gm.WholeRunner)
     yield from _leaving(setup, "compiled, channels-last", many, partial(gm.PaddedRunner, sizes=BUCKETS))
     yield from _leaving(setup, "eager, channels-last", few, gm.WholeRunner)
@@ -179,8 +192,8 @@ def _dummy(drawing: Engine) -> float:
 
 
 def no_wait(setup: Setup) -> Iterator[Figure]:
-    """Does a step ever wait for the device: PyTorch, told to make that an error, says so; and a profile of a step."""
-    few = min(4, setup.sizes[-1])
+    """Does a step ever wait for the device: PyTorch, asked to warn of that, says where; and a profile of a step."""
+    few = min(4, max(setup.sizes))
     for name in ("eager, channels-last", "compiled, channels-last", "compiled, graphs"):
         with ExitStack() as while_measured:
             try:
@@ -196,16 +209,20 @@ def no_wait(setup: Setup) -> Iterator[Figure]:
 
 
 def _said_of_waiting(setup: Setup, drawing: Engine) -> Figure:
-    said = ""
+    """Every operation of a step that waited for the device, with its place."""
+    said: list[str] = []
     if setup.cuda:
         gm.wait(setup)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            _step(drawing)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                _step(drawing)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        said = [
+            f"{each.filename}:{each.lineno}: {each.message}"[:300] for each in warned if "synchron" in str(each.message)
+        ]
     return {"what": "a step never waits", "right": not said, "said": said, "asked": setup.cuda}
 
 
@@ -216,13 +233,20 @@ def _profiled(setup: Setup, drawing: Engine) -> Figure:
         gm.wait(setup)
     counted = Counter(event.name for event in seen.events())
     calls = {name: n for name, n in counted.items() if name.startswith(_TO_THE_DEVICE)}
-    clock = "self_device_time_total" if setup.cuda else "self_cpu_time_total"
-    averages = sorted(seen.key_averages(), key=lambda each: -getattr(each, clock))
+    clock, device = (
+        ("self_device_time_total", DeviceType.CUDA) if setup.cuda else ("self_cpu_time_total", DeviceType.CPU)
+    )
+    # Of the device alone: an operation carries the time of its kernels once more.
+    here = [each for each in seen.key_averages() if each.device_type == device]
+    averages = sorted(here, key=lambda each: -getattr(each, clock))
     top = [{"kernel": each.key[:80], "us": round(getattr(each, clock)), "calls": each.count} for each in averages[:20]]
     return {"what": "profile of a step", "calls": calls, "top": top}
 
 
-_TO_THE_DEVICE: Final = ("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaStreamSync")
+_TO_THE_DEVICE: Final = (
+    *("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset", "cudaMalloc", "cudaHostAlloc"),
+    *("cudaStreamSync", "cudaDeviceSync", "cudaEventSync"),
+)
 
 
 def _step(drawing: Engine) -> None:

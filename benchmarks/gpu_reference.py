@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks import gpu_model as gm
+from benchmarks.goals import spread
 from benchmarks.gpu_model import Setup
 from benchmarks.gpu_stages import failed
 from sd_engine.folder_writer import unet_config, vae_config
@@ -58,8 +59,9 @@ def _sizes(setup: Setup, pipeline: Any, name: str) -> Iterator[dict[str, Any]]:
 
         pipeline.vae.use_slicing = pictures > 16  # at once, the decoder's maps would have more than 2^31 numbers
         try:
-            took = gm.seconds(setup, draw, 1)
+            took = spread(gm.times(setup, draw, min(3, setup.repeats)), 5)
         except Exception as error:
             yield {"way": name, "pictures": pictures, **failed(error)}
             continue
-        yield {"way": name, "pictures": pictures, "images_per_s": pictures / took, "seconds": took}
+        yield {"way": name, "pictures": pictures, "dtype": str(setup.dtype),
+               "images_per_s": pictures / took["median"], "seconds": took}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,7 +72,7 @@ def ceilings(setup: Setup) -> Iterator[Figure]:
     side = 8192 if setup.cuda else 512
     for dtype in dict.fromkeys((setup.dtype, torch.float16, torch.bfloat16)) if setup.cuda else (torch.float32,):
         a, b = (torch.randn(side, side, device=setup.device, dtype=dtype) for _ in range(2))
-        took = gm.seconds(setup, partial(torch.matmul, a, b), 20)
+        took = gm.device_seconds(setup, partial(torch.matmul, a, b))
         yield {"what": f"matmul {side}, {name_of(dtype)}", "tflops": 2 * side**3 / took / 1e12}
     rows, channels = (32, setup.configs.unet.channels) if setup.cuda else (2, setup.configs.unet.channels)
     for level, width in enumerate(channels):
@@ -79,7 +80,7 @@ def ceilings(setup: Setup) -> Iterator[Figure]:
         for name, layout in LAYOUTS.items():
             x = torch.randn(rows, width, cells, cells, device=setup.device, dtype=setup.dtype).to(memory_format=layout)
             w = torch.randn(width, width, 3, 3, device=setup.device, dtype=setup.dtype).to(memory_format=layout)
-            took = gm.seconds(setup, partial(conv2d, x, w, padding=1), 20)
+            took = gm.device_seconds(setup, partial(conv2d, x, w, padding=1))
             work = 2 * rows * cells**2 * width**2 * 9
             yield {"what": f"convolution {width} at {cells}, {name}", "tflops": work / took / 1e12}
 
@@ -89,13 +90,11 @@ LAYOUTS: Final = {"contiguous": torch.contiguous_format, "channels-last": torch.
 
 def attention(setup: Setup) -> Iterator[Figure]:
     """Each backend at each level, of a row to itself and to its text: microseconds; None where it has no kernel."""
-    unet, rows = setup.configs.unet, 16 if setup.cuda else 2
+    unet, rows = setup.configs.unet, 32 if setup.cuda else 2
     for level, (width, heads) in enumerate(zip(unet.channels, unet.heads, strict=True)):
         positions = max(setup.cells >> level, 1) ** 2
         for kind, others in (("self", positions), ("text", setup.configs.text.max_tokens)):
-            made = (torch.randn(rows, heads, n, width // heads, device=setup.device, dtype=setup.dtype)
-                    for n in (positions, others, others))  # fmt: skip
-            q, k, v = made
+            q, k, v = _as_the_unet_has_them(setup, (rows, heads, positions, others, width // heads), kind)
             found = {name: _attended(setup, q, k, v, backend) for name, backend in BACKENDS.items()}
             there = {name: took for name, took in found.items() if took is not None}
             yield {"level": level, "kind": kind, "rows": rows, "positions": positions, "others": others,
@@ -105,10 +104,27 @@ def attention(setup: Setup) -> Iterator[Figure]:
                    "flop": 4 * rows * heads * positions * others * (width // heads)}  # fmt: skip
 
 
-def best_backends(setup: Setup) -> dict[tuple[int, int], SDPBackend]:
-    """The fastest backend by (queries, keys), as `attention` measures it."""
+def _as_the_unet_has_them(setup: Setup, sizes: tuple[int, int, int, int, int], kind: str) -> tuple[Tensor, ...]:
+    """Queries, keys and values: heads of tokens, those of texts halves of what a pack has stacked."""
+    rows, heads, positions, others, width = sizes
+
+    def of_tokens(tokens: int) -> Tensor:
+        made = torch.randn(rows, tokens, heads, width, device=setup.device, dtype=setup.dtype)
+        return made.transpose(1, 2)
+
+    if kind == "self":
+        return of_tokens(positions), of_tokens(positions), of_tokens(positions)
+    stacked = torch.randn(rows, 2, heads, others, width, device=setup.device, dtype=setup.dtype)
+    return of_tokens(positions), stacked[:, 0], stacked[:, 1]
+
+
+def best_backends(setup: Setup) -> dict[tuple[int, int, int], SDPBackend]:
+    """The fastest backend by queries, keys and the width of a head, as `attention` measures it.
+
+    By the width too: the VAE has as many positions in a head of 512, for which not every backend has a kernel.
+    """
     return {
-        (figure["positions"], figure["others"]): BACKENDS[figure["best"]]
+        (figure["positions"], figure["others"], figure["head"]): BACKENDS[figure["best"]]
         for figure in attention(setup)
         if figure["best"] is not None
     }
@@ -120,7 +136,7 @@ def _attended(setup: Setup, q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend
         return None
     try:
         with sdpa_kernel(list(BACKENDS.values()) if backend is None else backend), torch.inference_mode():
-            return 1e6 * gm.seconds(setup, lambda: scaled_dot_product_attention(q, k, v), 10)
+            return 1e6 * gm.device_seconds(setup, lambda: scaled_dot_product_attention(q, k, v), 10)
     except RuntimeError:
         return None
 
@@ -137,7 +153,7 @@ def norm(setup: Setup) -> Iterator[Figure]:
             for how, call in (("eager", _normed), ("compiled", compiled)):
                 with torch.inference_mode():
                     kept = call(x, scale).is_contiguous(memory_format=layout)
-                    took = gm.seconds(setup, partial(call, x, scale), 20)
+                    took = gm.device_seconds(setup, partial(call, x, scale))
                 yield {"what": f"GroupNorm + SiLU, {width} at {cells}, {name}", "how": how, "us": 1e6 * took,
                        "gb_per_s": 2 * x.nbytes / took / 1e9, "keeps_its_layout": kept}  # fmt: skip
 
@@ -165,6 +181,7 @@ def vae(setup: Setup) -> Iterator[Figure]:
 
 
 def forget_peak(setup: Setup) -> None:
+    gc.collect()
     if setup.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(setup.device)

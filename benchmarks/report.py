@@ -30,7 +30,16 @@ def multiplied_here() -> list[str]:
 
 def write(path: Path, result: Mapping[str, object], *, device: str = "cpu", beside: tuple[str, ...] = ()) -> None:
     """Write a result as JSON. `beside`: distributions, other than torch, whose versions matter, if they are there."""
-    where = {
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In one go: who is ended meanwhile leaves the file as it was.
+    beginning = path.with_suffix(".part")
+    beginning.write_text(json.dumps({**result, **stamp(device, beside)}, indent=2) + "\n", "utf-8")
+    beginning.replace(path)
+
+
+def stamp(device: str = "cpu", beside: tuple[str, ...] = ()) -> dict[str, object]:
+    """What figures were made by and on."""
+    return {
         "commit": commit(),
         "torch": torch.__version__,
         **_cuda(),
@@ -39,8 +48,6 @@ def write(path: Path, result: Mapping[str, object], *, device: str = "cpu", besi
         "device": device if device != "cpu" else f"cpu: {cpu_name()}, {os.cpu_count()} cores",
         "date": datetime.now(UTC).date().isoformat(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, **where}, indent=2) + "\n", "utf-8")
 
 
 def commit() -> str | None:

@@ -16,7 +16,8 @@ same job on an idle engine, in turn with it:
 
 Each is done twice: measured (the shipped model on this machine) and modelled (Stable Diffusion's sizes, by a clock on
 which a U-Net call lasts what `--call-ms` and `--row-ms` say; see `benchmarks.mixed`). Then through whole services, from
-submit to stored picture, beside a worker that is full of bulk jobs (`benchmarks.urgent_worker`). The goal: the 95th
+submit to stored picture, beside a worker that is full of bulk jobs, in packs of four and of sixteen
+(`benchmarks.urgent_worker`). The goal: the 95th
 percentile is at most 1.5 x the median on an idle machine. Prints tables, writes `benchmarks/results/urgent.json` and a
 plot.
 """
@@ -235,7 +236,7 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, str, Mapping[str, Seq
         yield "measured", f"measured: the shipped model, {args.dtype}", latencies(machine, args.seed, samples)
     if args.service and args.device == "cpu":
         for pack in PACKS:
-            for lane, seconds in through_workers(args.service, args.seed, pack).items():
+            for lane, seconds in through_workers(args.service, args.seed, pack):
                 yield f"{lane}, packs of {pack}", f"through a full worker, {lane}, fp32, packs of {pack}", seconds
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,18 @@ BULK = "bulk"
 URGENT = "ours, urgent"
 
 
-def through_workers(samples: int, seed: int, pack: int) -> dict[str, dict[str, list[float]]]:
-    """Lane -> latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker.
+def through_workers(samples: int, seed: int, pack: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Lane and latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker.
 
     pack: the most bulk pictures of one.
     """
     with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
         options = ["--concurrency", str(HELD), "--max-units", str(2 * pack * (SIDE // 8) ** 2)]
         bench = Bench(Path(folder), stack, options)
-        found = {}
         for lane in LANES:
             with bench.service(lane, os.cpu_count() or 1) as service:
-                found[lane] = latencies(service, samples, random.Random(seed))
-        return found
+                found = latencies(service, samples, random.Random(seed))
+            yield lane, found
 
 
 def latencies(service: Service, samples: int, rng: random.Random) -> dict[str, list[float]]:
