@@ -54,7 +54,7 @@ def ceiling(dtype: torch.dtype, quick: bool) -> dict[str, float]:
     x = torch.randn(2, channels, cells, cells).to(dtype).contiguous(memory_format=torch.channels_last)
     conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).requires_grad_(False)
     products: list[Callable[[], object]] = [lambda: a @ b]
-    if prepacking.serves(a.device, dtype):
+    if prepacking.serves(a, dtype):
         products.append(lambda: prepacking.linear(a, b, None))
     return {
         "matmul": 2 * side**3 / min(map(_fastest, products)) / 1e12,

@@ -41,7 +41,7 @@ def attend(q_BGNK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
 
 def _products_pay(q_BGNK: Tensor, k_BGTK: Tensor) -> bool:
     # Where there are matrix units PyTorch's kernel uses them; blocks of products were seen to take twice its time.
-    if not prepacking.serves(q_BGNK.device, q_BGNK.dtype) or torch.cpu._is_amx_tile_supported():
+    if not prepacking.serves(q_BGNK, q_BGNK.dtype) or torch.cpu._is_amx_tile_supported():
         return False
     return q_BGNK.shape[2] * k_BGTK.shape[2] >= _LEAST_SCORES[q_BGNK.dtype]
 

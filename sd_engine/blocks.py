@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_engine.attention import attend
-from sd_engine.layers import Conv2d, Conv3x3, Linear, Pointwise
+from sd_engine.layers import Conv2d, Conv3x3, GroupNorm, Linear, Pointwise
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -36,10 +36,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, *, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels_in, eps=eps)
+        self.norm1 = GroupNorm(groups, channels_in, eps=eps)
         self.conv1 = Conv3x3(channels_in, channels_out)
         self.time_emb_proj = Linear(time_width, channels_out) if time_width else None
-        self.norm2 = nn.GroupNorm(groups, channels_out, eps=eps)
+        self.norm2 = GroupNorm(groups, channels_out, eps=eps)
         self.conv2 = Conv3x3(channels_out, channels_out)
         self.conv_shortcut = Pointwise(channels_in, channels_out) if channels_in != channels_out else None
 

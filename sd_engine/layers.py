@@ -1,4 +1,4 @@
-"""The layers that hold weights: products and convolutions, each by what its device computes fastest.
+"""The layers that hold weights: products, convolutions and norms, each by what its device computes fastest.
 
 Legend of the shape suffixes: B batch, C channels in, O out, H height, W width, P places of a doubled cell, I width in.
 """
@@ -19,6 +19,10 @@ from sd_engine.prepacking import MadeOf
 # and of one that may be wider there. In SD 1.5 the latter are a ninetieth of all weights, in small models nearly all.
 _SMALL = 2**20
 _SMALLEST = 2**18
+
+# Below so many cells PyTorch's norm goes another way over maps in the channels-last layout, which takes two to six
+# times as long in bfloat16 as in float32 with the two conversions (Zen 5).
+_CELLS_OF_SLOW_NORMS = 1024
 
 # Of the four cells that a cell of a map becomes when its sides are doubled.
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -51,7 +55,7 @@ class Linear(nn.Linear):
 
 def _product(weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, made: MadeOf) -> Callable[[Tensor], Tensor]:
     """[..., I] -> [..., O] in that dtype. made: of this weight."""
-    if not prepacking.serves(weight_OI.device, dtype):
+    if not prepacking.serves(weight_OI, dtype):
         return partial(F.linear, weight=weight_OI.to(dtype), bias=bias_O)
     # Prepacked also where it is not kept: several threads round otherwise over plain weights.
     prepacked = made.get(weight_OI, dtype, lambda: prepacking.prepacked_weight(weight_OI.to(dtype)))
@@ -66,9 +70,10 @@ class GatedLinear(Linear):
 
     def at(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """As a linear layer's: [..., width in] -> [..., width out]."""
-        if not prepacking.serves(self.weight.device, dtype):
+        weight = self.weight
+        if not prepacking.serves(weight, dtype):
             return partial(_gated, product=super().at(dtype))
-        halves = self.made.get(self.weight, dtype, lambda: _prepacked_halves(self.weight.to(dtype)))
+        halves = self.made.get(weight, dtype, lambda: _prepacked_halves(weight.to(dtype)))
         return partial(prepacking.gated, weights=halves, biases=self.bias.chunk(2))
 
 
@@ -94,11 +99,13 @@ class Conv2d(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, channels in, H, W] -> [B, channels out, ...]."""
         weight, dtype = self.weight, x_BCHW.dtype
-        if not prepacking.serves(x_BCHW.device, dtype):
+        if not prepacking.serves(x_BCHW, dtype):
             return self._conv_forward(x_BCHW, weight.to(dtype), self.bias)
-        geometry = self.stride[0], int(self.padding[0])
-        convolve = self.made.get(weight, dtype, lambda: prepacking.prepacked_convolution(weight.to(dtype), *geometry))
+        convolve = self.made.get(weight, dtype, lambda: self._prepacked(weight.to(dtype)))
         return convolve(x_BCHW, self.bias)
+
+    def _prepacked(self, weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        return prepacking.prepacked_convolution(weight, self.stride[0], int(self.padding[0]))
 
 
 class Conv3x3(Conv2d):
@@ -129,7 +136,7 @@ class Conv3x3(Conv2d):
         of the weights, which are 16 multiplications instead of 36. Without the hooks of a call.
         """
         height, width = x_BCHW.shape[2:]
-        if not prepacking.serves(x_BCHW.device, x_BCHW.dtype):
+        if not prepacking.serves(x_BCHW, x_BCHW.dtype):
             return self(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
         assert self.bias is not None
         make = partial(_four_places, self.weight, x_BCHW.dtype)
@@ -163,6 +170,23 @@ class Pointwise(Conv2d):
         """[B, channels_in, H, W] -> [B, channels_out, H, W]."""
         product = _product(self.weight.flatten(1), self.bias, x_BCHW.dtype, self.made)
         return product(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Groups of channels brought to one deviation (Wu and He 2018, arXiv 1803.08494), in what is fastest for it."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        if not _widening_pays(x_BCHW):
+            return super().forward(x_BCHW)
+        wide = F.group_norm(x_BCHW.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+        return wide.to(x_BCHW.dtype)
+
+
+def _widening_pays(x_BCHW: Tensor) -> bool:
+    if x_BCHW.dtype != torch.bfloat16 or not x_BCHW.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x_BCHW.shape[2] * x_BCHW.shape[3] < _CELLS_OF_SLOW_NORMS
 
 
 def lay_out_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sd_engine.blocks import Attention, Downsample, ResBlock, Upsample, timestep_embedding
 from sd_engine.config import UNetConfig
 from sd_engine.context import Context, PackContext
-from sd_engine.layers import Conv2d, GatedLinear, Linear, Pointwise, laid_out
+from sd_engine.layers import Conv2d, GatedLinear, GroupNorm, Linear, Pointwise, laid_out
 from sd_engine.merging import Merging
 
 Texts = Tensor | PackContext
@@ -76,7 +76,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
         self.linear = config.linear_projection
-        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=_TRANSFORMER_EPS)
+        self.norm = GroupNorm(config.norm_groups, channels, eps=_TRANSFORMER_EPS)
         self.proj_in = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
         self.block = TransformerBlock(channels, heads, config.context_width)
         self.proj_out = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
@@ -209,7 +209,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(DownLevel(level, config) for level in levels)
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpLevel(level, config) for level in reversed(levels))
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, config.channels[0], eps=_RESNET_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_groups, config.channels[0], eps=_RESNET_EPS)
         self.conv_out = Conv2d(config.channels[0], config.out_channels, 3, padding=1)
         for i, block in enumerate(self.blocks):
             block.index = i

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sd_engine.blocks import Attention, Downsample, ResBlock, Upsample
 from sd_engine.config import VaeConfig
-from sd_engine.layers import Conv2d, laid_out
+from sd_engine.layers import Conv2d, GroupNorm, laid_out
 
 _EPS = 1e-6  # every GroupNorm of the VAE; PyTorch's default 1e-5 would give other pictures
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -34,7 +34,7 @@ class VaeAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=_EPS)
         self.attention = Attention(channels, heads=1, qkv_bias=True)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
             resample = Downsample(width, pad_all_sides=False) if i < len(channels) - 1 else None
             self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks_per_level, groups, resample))
         self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=_EPS)
         self.conv_out = Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             resample = Upsample(width) if i < len(channels) - 1 else None
             # One block more than on the way in, as in Stable Diffusion.
             self.levels.append(Level(channels[max(i - 1, 0)], width, config.blocks_per_level + 1, groups, resample))
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
+        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=_EPS)
         self.conv_out = Conv2d(channels[-1], config.image_channels, 3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:

@@ -96,11 +96,11 @@ def form_for(weight_OC33: Tensor, x_UCHW: Tensor) -> Form | None:
     gradients, of weights that change with every step. With AVX-512 (AMD's Zen 5) the plain sum over prepacked weights
     was as fast, for the maps at both ends gain little by wider instructions.
     """
-    if x_UCHW.device.type != "cpu" or x_UCHW.dtype != torch.float32 or torch.is_grad_enabled():
+    if x_UCHW.dtype != torch.float32 or not x_UCHW.is_cpu or torch.is_grad_enabled():
         return None
     if torch.compiler.is_compiling():  # filters that are kept would break its graph
         return None
-    if prepacking.serves(x_UCHW.device, x_UCHW.dtype):
+    if prepacking.serves(x_UCHW, x_UCHW.dtype):
         return None
     cells, channels = x_UCHW.shape[2] * x_UCHW.shape[3], min(weight_OC33.shape[:2])
     if channels < _LEAST_CHANNELS or cells < (_LEAST_CELLS_WIDE if channels >= _WIDE else _LEAST_CELLS):

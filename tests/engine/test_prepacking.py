@@ -154,12 +154,12 @@ def test_a_copied_or_pickled_layer_makes_its_own(layer: nn.Module, x: Tensor) ->
 
 
 def test_gradients_other_dtypes_and_other_devices_are_left_to_pytorch() -> None:
-    cpu = torch.device("cpu")
-    assert prepacking.serves(cpu, torch.float32)
-    assert not prepacking.serves(torch.device("meta"), torch.float32)
-    assert not prepacking.serves(cpu, torch.float16)
+    here = torch.ones(1)
+    assert prepacking.serves(here, torch.float32)
+    assert not prepacking.serves(torch.ones(1, device="meta"), torch.float32)
+    assert not prepacking.serves(here, torch.float16)
     with torch.inference_mode(False):
-        assert not prepacking.serves(cpu, torch.float32)
+        assert not prepacking.serves(here, torch.float32)
         layer = Linear(4, 4)
         layer(torch.ones(4)).sum().backward()
         assert layer.weight.grad is not None
@@ -171,7 +171,7 @@ def test_within_torch_compile_layers_are_plain_ones() -> None:
         assert winograd.form_for(weight, x) is not None
     with mock.patch("torch.compiler.is_compiling", return_value=True):
         assert winograd.form_for(weight, x) is None
-        assert not prepacking.serves(torch.device("cpu"), torch.float32)
+        assert not prepacking.serves(x, torch.float32)
 
 
 def test_only_avx_512_prepacks() -> None:
