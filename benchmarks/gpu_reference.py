@@ -25,7 +25,8 @@ def reference(setup: Setup) -> Iterator[dict[str, Any]]:
     """Whole pictures per second from ready prompts, in static batches: eager in both layouts, then compiled."""
     pipeline = _pipeline(setup)
     for name, layout in (("eager", torch.contiguous_format), ("eager, channels-last", torch.channels_last)):
-        pipeline.unet.to(memory_format=layout)
+        for module in (pipeline.unet, pipeline.vae):
+            module.to(memory_format=layout)
         yield from _sizes(setup, pipeline, name)
     # What its own documentation recommends for speed; the layout stays channels-last.
     pipeline.fuse_qkv_projections()

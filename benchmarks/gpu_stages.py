@@ -170,14 +170,17 @@ def failed(error: Exception) -> Figure:
 
 
 def vae(setup: Setup) -> Iterator[Figure]:
-    """Decoding alone, by pictures of a call."""
+    """Decoding alone, by pictures of a call, in both layouts."""
     model = gm.random_model(setup, setup.dtype)
-    for pictures in (size for size in setup.sizes if size <= 16):
-        latents = torch.randn(pictures, model.latent_channels, setup.cells, setup.cells, device=setup.device)
-        forget_peak(setup)
-        with torch.inference_mode():
-            took = gm.seconds(setup, partial(decode_latents, model, latents))
-        yield {"pictures": pictures, "ms_per_picture": 1e3 * took / pictures, "peak_gb": peak_gb(setup)}
+    for name, layout in LAYOUTS.items():
+        model.vae.to(memory_format=layout)  # type: ignore[call-overload]
+        for pictures in (size for size in setup.sizes if size <= 16):
+            latents = torch.randn(pictures, model.latent_channels, setup.cells, setup.cells, device=setup.device)
+            forget_peak(setup)
+            with torch.inference_mode():
+                took = gm.seconds(setup, partial(decode_latents, model, latents))
+            yield {"what": name, "pictures": pictures, "ms_per_picture": 1e3 * took / pictures,
+                   "peak_gb": peak_gb(setup)}  # fmt: skip
 
 
 def forget_peak(setup: Setup) -> None:

@@ -196,7 +196,7 @@ class Fill:
     packs: list[tuple[int, int, bool]] = field(default_factory=list)
 
     def share(self, *, while_work_waits: bool) -> float:
-        """Units stepped over units of the limit, of the packs beside which work waited, or of all; 0 for none."""
+        """Units whose step brings a picture on over the limit's, of the packs beside which work waited, or of all."""
         counted = [(units, limit) for units, limit, waits in self.packs if waits or not while_work_waits]
         return sum(units for units, _ in counted) / max(1, sum(limit for _, limit in counted))
 

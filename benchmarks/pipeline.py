@@ -4,7 +4,7 @@
                                                       themselves, 12 GB of memory, 7 GB of disk)
     python -m benchmarks.pipeline --dtype bf16 --sd-steps 20 --sides 256    (SD 1.5's whole pictures)
     python -m benchmarks.pipeline --quick            (the shipped model only, few steps: seconds)
-    python -m benchmarks.pipeline --device cuda --dtype fp16 --sd-steps 20 --pack 16
+    python -m benchmarks.pipeline --device cuda --dtype fp16 --sd-steps 20 --pack 16 --out gpu_pipeline.json
 
 txt2img, 20 guided steps of DDIM: the shipped model at its own size, and a model of SD 1.5's size (random weights, the
 same for both) at 256 x 256 and 512 x 512. On a CPU such a picture takes minutes, so with SD 1.5 only `--sd-steps`
@@ -132,7 +132,7 @@ def _why(one: dict[str, Any]) -> str:
     rest = ours["before_s"] + ours["after_s"]
     return (
         f"{ours.get('outside_unet', 0.0):.1%} of a step is outside the U-Net, and {rest / whole:.1%} of a picture are "
-        "its prompt and its decoding"
+        "what comes before and after its steps"
     )
 
 
@@ -208,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, help="of one --dtype; default: benchmarks/results/pipeline.json, pipeline_bf16.json"
     )
     args = parser.parse_args(arguments)
+    if args.device != "cpu" and not (args.dtype and args.out):
+        parser.error("--device other than cpu needs --dtype and --out: the usual files are a CPU's")
     if args.out and not args.dtype:
         parser.error("--out is the file of one dtype: name it with --dtype")
     _hush()

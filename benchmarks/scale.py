@@ -79,7 +79,7 @@ def simulated(measured: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, An
 
 
 def _held_against(paid: Prices, measured: Mapping[str, Any]) -> list[dict[str, float]]:
-    """What jobs as a GPU has them cost PostgreSQL: as measured, and by the prices, which come of dense short jobs."""
+    """What jobs as a GPU has them cost PostgreSQL: as measured, and by the prices, which come from dense short jobs."""
     return [
         {
             "workers": row["workers"],

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from worker.sweeper import WITH_BROKER
 
-#: Seconds between two of the things that a full worker asks by the clock (`worker.sweeper`, `worker.heartbeat`).
+#: Seconds between two of the things that a worker asks by the clock (`worker.sweeper`, `worker.heartbeat`), at most:
+#: the ringer asks what is due while there is room for it, the lookout while there is none.
 PERIODS: Mapping[str, float] = {
     "heartbeat": 10.0,
     "cancel_poll": 1.0,
@@ -40,8 +41,12 @@ class Prices:
 
     @property
     def clock_ms(self) -> float:
-        """PostgreSQL's CPU a second, of what one full worker asks by the clock."""
-        return sum(self.statements_ms[what] / period for what, period in PERIODS.items())
+        """PostgreSQL's CPU a second, of what one worker asks by the clock, at most."""
+        return self.asked_ms(*PERIODS)
+
+    def asked_ms(self, *names: str) -> float:
+        """Of some of it."""
+        return sum(self.statements_ms[what] / PERIODS[what] for what in names)
 
     @property
     def job_ms(self) -> float:
@@ -230,13 +235,8 @@ def limits(house: House) -> dict[str, int]:
         "PostgreSQL's cores": 1e3 * house.database_cores / (clock_ms + house.jobs_per_s * job_ms),
         "Redis' clients": house.max_clients / prices.broker_clients,
         "Redis' core": 1e3 / (house.jobs_per_s * prices.redis_ms),
-        "heartbeats alone, of PostgreSQL's cores": 1e4 * house.database_cores / prices.statements_ms["heartbeat"],
-        "sweeper and ringer alone, of PostgreSQL's cores": 5e3
-        * house.database_cores
-        / (prices.statements_ms["sweep"] + prices.statements_ms["due"]),
-        "looks for urgent jobs alone, of PostgreSQL's cores": 1e3
-        * PERIODS["lookout"]
-        * house.database_cores
-        / prices.statements_ms["lookout"],
+        "heartbeats alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("heartbeat"),
+        "sweeper and ringer alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("sweep", "due"),
+        "looks for urgent jobs alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("lookout"),
     }
     return {name: int(size) for name, size in bound.items()}

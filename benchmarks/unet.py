@@ -179,7 +179,6 @@ def _measured(args: argparse.Namespace, name: str) -> int:
         lines += found
         _written(args, lines, dtype, tops)  # a larger call may find too little memory
         _forget_compiled()
-    peers.close()
     # Twice, and the better: a neighbour of this machine would make the ceiling low, and every share of it high.
     again = ceiling(DTYPES[works_in], args.quick)
     tops = {name: max(top, again[name]) for name, top in tops.items()}

@@ -11,7 +11,6 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,7 +70,6 @@ class Peers:
         self.ours = _ours(config, self.reference)
         self._works_in = working_dtype(dtype, torch.device("cpu"))
         lay_out_weights(self.ours, self._works_in)
-        self._files = ExitStack()
 
     def make(self, name: str, inputs: Inputs) -> Forward | None:
         """The peer, compiled for these inputs where it is compiled; None where what it needs is not installed."""
@@ -98,12 +96,8 @@ class Peers:
     def _openvino(self, inputs: Inputs) -> Forward | None:
         if importlib.util.find_spec("openvino") is None:
             return None
-        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
-        return _openvino(self.reference, inputs, folder)
-
-    def close(self) -> None:
-        """Remove what was written."""
-        self._files.close()
+        with tempfile.TemporaryDirectory() as folder:  # what is compiled holds what it needs of the file open
+            return _openvino(self.reference, inputs, Path(folder))
 
 
 def _reference(config: Mapping[str, Any], dtype: torch.dtype) -> Any:

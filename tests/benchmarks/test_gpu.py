@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +129,41 @@ def test_every_way_predicts_what_the_plain_one_does(setup: Setup, name: str) -> 
     assert right["right"] and right["way"] == name
 
 
+def test_the_other_half_precision_is_drawn_in_that_one(setup: Setup) -> None:
+    half = replace(setup, dtype=torch.bfloat16)
+    way = replace(gpu_packs.WAYS["eager, channels-last, other half"], sizes=(1,))
+    _, right, drawn = gpu_packs.packs(half, {"other": way})
+    assert right["right"] and right["dtype"] == "torch.float16"
+    assert drawn["images_per_s"] > 0
+
+
+def test_a_way_that_is_wrong_now_has_no_speed(tmp_path: Path, setup: Setup) -> None:
+    kept = Kept(tmp_path / "gpu.json", {"quick": True, "dtype": "torch.float32"}, setup)
+    kept.begin("packs")
+    for way in ("eager", "compiled"):
+        kept.add("packs", {"way": way, "what": "U-Net", "right": True})
+        kept.add("packs", {"way": way, "pictures": 1, "dtype": "torch.float32", "images_per_s": 1.0, "tflops": 1.0})
+    kept.add("packs", {"way": "compiled", "what": "U-Net", "right": False})
+    figures = kept.stages["packs"]["figures"]
+    assert [(figure["way"], "pictures" in figure) for figure in figures] == [
+        ("eager", False),
+        ("eager", True),
+        ("compiled", False),
+    ]
+    assert kept.flawed
+
+
+def test_what_was_wrong_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: Setup) -> None:
+    kept = Kept(tmp_path / "gpu.json", {"quick": True}, setup)
+    for right in (False, True):
+
+        def correct(_: Setup, right: bool = right) -> Iterator[Figure]:
+            yield {"what": "U-Net", "right": right}
+
+        monkeypatch.setitem(gpu.STAGES, "correct", (correct, 60.0))
+        assert gpu.run(["correct"], kept) == (0 if right else 1)
+
+
 def test_attention_takes_the_backend_that_was_the_fastest(setup: Setup) -> None:
     best = gpu_stages.best_backends(setup)
     cells = setup.cells**2
@@ -179,12 +216,25 @@ def test_figures_stay_until_others_come_in_their_place(tmp_path: Path) -> None:
         gpu.main(["--ways", "fast"])
 
 
-def test_nothing_is_begun_that_would_end_too_late(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    command = ["--quick", "--device", "cpu", "--stages", "ceilings,attention", "--out", str(out)]
-    assert gpu.main([*command, "--seconds", "0"]) == 0
-    stages = json.loads(out.read_text("utf-8"))["stages"]
-    assert [(len(stage["figures"]), stage["cut"]) for stage in stages.values()] == [(1, True), (1, True)]
+def test_nothing_is_begun_that_would_end_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = count()  # a second passes between two looks at it
+
+    def endless(_: Setup) -> Iterator[Figure]:
+        for number in count():
+            yield {"what": str(number)}
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    for name in ("ceilings", "attention"):
+        monkeypatch.setitem(gpu.STAGES, name, (endless, 60.0))
+    kept = Kept(tmp_path / "gpu.json", {"quick": True}, setup, deadline=6.0)
+    assert gpu.run(["ceilings", "attention"], kept) == 0
+    # Looked at before the stage, for its limit, at its beginning, and after each figure.
+    assert [(name, len(stage["figures"]), stage["cut"]) for name, stage in kept.stages.items()] == [
+        ("ceilings", 4, True)
+    ]
+    assert "attention" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
