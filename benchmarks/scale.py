@@ -49,7 +49,8 @@ def measure(fleet: Fleet, sizes: Sequence[int], quick: bool) -> dict[str, Any]:
 
 
 def prices(measured: Mapping[str, Any]) -> Prices:
-    """Of a statement alone, and of a job where they are densest: a database that serves a thousand workers is as busy.
+    """Of a statement alone, of a job where they are densest, for a database that serves a thousand workers is as busy,
+    and of what is asked by the clock from the largest fleet that draws as GPUs do.
 
     `other_ms` is what neither the job's own statements nor those by the clock explain: looks whether a connection still
     answers, a ringer that a free slot wakes, a cache that others have filled.
@@ -59,7 +60,10 @@ def prices(measured: Mapping[str, Any]) -> Prices:
         alone, 0.0, dense["redis_ms_per_job"], dense["connections_per_worker"], dense["broker_clients_per_worker"]
     )
     other_ms = dense["postgres_ms_per_job"] - bare.job_ms - dense["worker_s_per_job"] * bare.clock_ms
-    return replace(bare, other_ms=max(0.0, round(other_ms, 3)))
+    dense_jobs = replace(bare, other_ms=max(0.0, round(other_ms, 3)))
+    slow = measured["gpu"][-1]
+    rarely = (slow["postgres_ms_per_job"] - dense_jobs.job_ms) / (slow["worker_s_per_job"] * bare.clock_ms)
+    return replace(dense_jobs, rarely=max(1.0, round(rarely, 2)))
 
 
 def simulated(measured: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def simulated(measured: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, An
 
 
 def _held_against(paid: Prices, measured: Mapping[str, Any]) -> list[dict[str, float]]:
-    """What jobs as a GPU has them cost PostgreSQL: as measured, and by the prices, which come from dense short jobs."""
+    """What jobs as a GPU has them cost PostgreSQL: as measured, and by the prices, which the last of these fits."""
     return [
         {
             "workers": row["workers"],

@@ -31,13 +31,16 @@ PERIODS: Mapping[str, float] = {
 @dataclass(frozen=True, slots=True)
 class Prices:
     """Milliseconds of CPU by statement, and per job; `other_ms`: what a job costs PostgreSQL besides its claim and its
-    finish (new connections, looks for cancels). Connections and clients of one worker."""
+    finish (new connections, looks for cancels). `rarely`: how many times its price a statement costs that is asked by
+    the clock: one alone is priced by hundreds in a row, and with a look whether the connection still answers, and with
+    cold caches, it takes more. Connections and clients of one worker."""
 
     statements_ms: Mapping[str, float]
     other_ms: float
     redis_ms: float
     connections: float
     broker_clients: float
+    rarely: float = 1.0
 
     @property
     def clock_ms(self) -> float:
@@ -46,7 +49,7 @@ class Prices:
 
     def asked_ms(self, *names: str) -> float:
         """Of some of it."""
-        return sum(self.statements_ms[what] / PERIODS[what] for what in names)
+        return self.rarely * sum(self.statements_ms[what] / PERIODS[what] for what in names)
 
     @property
     def job_ms(self) -> float:
@@ -161,8 +164,11 @@ class Simulation:
         self._at(self._now + house.pack / house.jobs_per_s * self._rng.uniform(0.9, 1.1), drawn)
 
     def _by_clock(self, what: str, period: float) -> Callable[[], None]:
+        prices = self._house.prices
+        more_ms = (prices.rarely - 1.0) * prices.statements_ms[what]
+
         def tick() -> None:
-            self._statement(what, lambda: self._at(self._now + period, tick))
+            self._statement(what, lambda: self._at(self._now + period, tick), more_ms)
 
         return tick
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -54,7 +55,16 @@ def test_what_the_statements_do_not_explain_of_a_job_is_a_price_too() -> None:
         "worker_s_per_job": 0.5,
     }
     # Its claim and its finish take 2 ms, what is asked by the clock 2.5 ms a second.
-    assert prices({"statements_ms": STATEMENTS, "cpu": [row]}).other_ms == 0.25
+    slow = row | {"postgres_ms_per_job": 12.25, "worker_s_per_job": 2.0}
+    paid = prices({"statements_ms": STATEMENTS, "cpu": [row], "gpu": [slow]})
+    assert paid.other_ms == 0.25
+    # Of 12.25 ms 2.25 are the job's: 10 in two seconds, in which what is asked by the clock is priced at 5.
+    assert paid.rarely == 2.0 and paid.clock_ms == 5.0
+
+
+def test_what_is_asked_rarely_costs_the_database_more() -> None:
+    (outcome,) = simulate(House(replace(PRICES, rarely=3.0), pack=2, database_cores=1), [50])
+    assert outcome.database_busy == pytest.approx(50 * (2.0 + 3 * 2.5) * 1e-3, rel=0.15)
 
 
 def test_the_part_with_the_least_room_ends_first() -> None:
