@@ -15,7 +15,7 @@ Each figure is of a fresh process; ours and the reference's take turns. The refe
   mapped into memory is not loaded yet. `call` is when the call to load returned.
 - peak: the most resident memory, pages of mapped files with it, over what the process had before (`before`: the
   interpreter and its imports), as a multiple of the weights at the dtype that they are loaded in.
-- "cold": the file is dropped from the page cache before; `read` says how much then came from the disk.
+- "cold": the file is dropped from the page cache before, else it is read once; `read` says what came from the disk.
 
 Beside it, the floor of a conversion: how long writing so many bytes into fresh memory takes. Prints a table, writes
 `benchmarks/results/cold.json` and a plot. Linux only: it reads /proc.
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.cold_files import TOKENIZER, forget, write_folder, write_single
+from benchmarks.cold_files import TOKENIZER, forget, remember, write_folder, write_single
 from benchmarks.cold_process import Answer, Told
 from benchmarks.goals import Goal, as_json, at_least, at_most, spread
 from benchmarks.report import multiplied_here, result_file, write
@@ -88,8 +88,7 @@ class Run:
 def start(way: Way) -> Run:
     """Run one process to its end. Raises CalledProcessError for one that fails."""
     _touch_memory()
-    if way.cold:
-        forget(way.path)
+    (forget if way.cold else remember)(way.path)
     warm = str(shipped_model()) if way.warm else None
     told = Told(way.task, str(way.path), way.dtype, str(TOKENIZER), warm, way.side)
     command = [sys.executable, "-m", _CHILD[way.who], json.dumps(asdict(told))]

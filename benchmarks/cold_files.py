@@ -18,6 +18,7 @@ from sd_engine.vae import Vae
 from tests.engine import ldm_names
 
 TOKENIZER = shipped_model() / "tokenizer"
+_READ = 2**24
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -43,12 +44,24 @@ def write_folder(single: Path, folder: Path) -> Path:
     return convert(single, folder, tokenizer=TOKENIZER)
 
 
+def remember(path: Path) -> None:
+    """Read the files of a model once, so that they are in the page cache."""
+    for file in _files(path):
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(_READ):
+                pass
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+
+
 def forget(path: Path) -> None:
     """Let the page cache drop the files of a model, so that they are read from the disk again.
 
     The machine that a virtual one runs on may still have them in its memory.
     """
-    for file in [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]:
+    for file in _files(path):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())  # only what is on the disk can be dropped
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
