@@ -15,7 +15,7 @@ from jobs.samplers import TABLE
 from jobs.spec import JobSpec
 from jobs.spec_checks import first_side, idle_fields
 
-# Level 1 costs a third of the time of Pillow's default (6) for a few per cent more bytes; uploads share the cores
+# Level 1 costs a third to a fifth of the time of Pillow's default (6) for a fifth more bytes; uploads share the cores
 # with the engine.
 COMPRESS_LEVEL = 1
 
