@@ -1,6 +1,6 @@
 """All that a GPU is asked: is it right, how fast at each pack size, how near to the machine and to the reference.
 
-    python -m benchmarks.gpu                                 (on a CUDA machine; 50 minutes at most)
+    python -m benchmarks.gpu                                 (on a CUDA machine; some 50 minutes)
     python -m benchmarks.gpu --quick --device cpu            (the code alone, on a tiny model; says nothing about speed)
 
 or in parts, the first of which decide the most; each keeps what the ones before it wrote, and `--seconds` ends it:
@@ -15,7 +15,7 @@ or in parts, the first of which decide the most; each keeps what the ones before
         --ways "compiled, channels-last, best attention;compiled, channels-last, other half"
 
 SD 1.5's size with random weights, 512 x 512, 20 guided steps. Stages, in this order; after every figure all that is
-known is written, so that a run that is cut leaves what it had, and each stage ends at its own time limit:
+known is written, so that a run that is cut leaves what it had; a stage begins no figure past its own time limit:
 
 - correct: half precision beside float32, on the device and on the CPU. Where that is wrong, no speed is measured.
 - ceilings: matrix products and the U-Net's convolutions, TFLOP/s. `share` is of the fastest matrix product.
