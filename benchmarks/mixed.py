@@ -14,8 +14,8 @@ sizes, arrivals spread over half of the time that full packs would take. It is d
 
 The baselines are the same engine and modules with other batching: (a) one by one, (b) static batches of equal jobs, (c)
 static batches in which every row waits for the slowest. Fill is units whose step brings a picture on over units of the
-limit, of the packs beside which more rows of their lane waited, and of all. Prints tables, writes
-`benchmarks/results/mixed.json` and a plot.
+limit, of the packs beside which more rows of their lane waited, and of all: a night's last packs have no company, so it
+falls with shorter nights. Prints tables, writes `benchmarks/results/mixed.json` and a plot.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a handful of jobs")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--measured-jobs", type=int, default=160, help="of the shipped model; 0: do not measure")
-    parser.add_argument("--repeats", type=int, default=2, help="measured nights, each with jobs of its own")
-    parser.add_argument("--jobs", type=int, default=600, help="of the modelled night")
+    parser.add_argument("--measured-jobs", type=int, default=480, help="of the shipped model; 0: do not measure")
+    parser.add_argument("--repeats", type=int, default=1, help="measured nights, each with jobs of its own")
+    parser.add_argument("--jobs", type=int, default=2000, help="of the modelled night")
     add_curve(parser)
     parser.add_argument("--device", default="cpu", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16")

@@ -1,6 +1,6 @@
 """How long does somebody wait for a picture while the machine is full of bulk jobs?
 
-    python -m benchmarks.urgent                      (twenty minutes on two cores)
+    python -m benchmarks.urgent                      (ten minutes on two cores)
     python -m benchmarks.urgent --quick              (seconds; says nothing about speed)
     python -m benchmarks.urgent --call-ms 20 --row-ms 2 --measured 0
 
@@ -16,10 +16,9 @@ same job on an idle engine, in turn with it:
 
 Each is done twice: measured (the shipped model on this machine) and modelled (Stable Diffusion's sizes, by a clock on
 which a U-Net call lasts what `--call-ms` and `--row-ms` say; see `benchmarks.mixed`). Then through whole services, from
-submit to stored picture, beside a worker that is full of bulk jobs, in packs of four and of sixteen
-(`benchmarks.urgent_worker`). The goal: the 95th
-percentile is at most 1.5 x the median on an idle machine. Prints tables, writes `benchmarks/results/urgent.json` and a
-plot.
+submit to stored picture, beside a worker that is full of bulk jobs, in packs as large as by default and of sixteen
+pictures (`benchmarks.urgent_worker`). The goal: the 95th percentile is at most 1.5 x the median on an idle machine.
+Prints tables, writes `benchmarks/results/urgent.json` and a plot.
 """
 
 from __future__ import annotations
@@ -236,8 +235,9 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, str, Mapping[str, Seq
         yield "measured", f"measured: the shipped model, {args.dtype}", latencies(machine, args.seed, samples)
     if args.service and args.device == "cpu":
         for pack in PACKS:
+            packs = "packs as by default" if pack is None else f"packs of {pack}"
             for lane, seconds in through_workers(args.service, args.seed, pack):
-                yield f"{lane}, packs of {pack}", f"through a full worker, {lane}, fp32, packs of {pack}", seconds
+                yield f"{lane}, {packs}", f"through a full worker, {lane}, fp32, {packs}", seconds
 
 
 if __name__ == "__main__":

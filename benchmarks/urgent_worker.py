@@ -21,10 +21,11 @@ from jobs import State
 from jobs.fields import URGENT_PRIORITY
 from tests.integration.processes import wait_until
 
-# Jobs that a worker holds, and pictures of a pack: an urgent job waits for the step that runs when it comes, and on a
-# CPU a step takes as many times as long as it has pictures. Of sixteen it takes most of a picture's time.
-HELD = 16
-PACKS = (4, 16)
+HELD = 16  # jobs of a worker
+# The most bulk pictures of a pack; None: as many as the engine takes by default, five on a CPU. An urgent job waits for
+# the step that runs when it comes, and on a CPU that takes as many times as long as it has pictures: of sixteen, most
+# of a picture's time.
+PACKS = (None, 16)
 # Of the shipped model: about two seconds a picture on two cores, as a graphics card takes for one.
 SIDE = 320
 STEPS = 20
@@ -32,14 +33,14 @@ BULK = "bulk"
 URGENT = "ours, urgent"
 
 
-def through_workers(samples: int, seed: int, pack: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+def through_workers(samples: int, seed: int, pack: int | None) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """Lane and latencies in seconds: `idle`, and `URGENT` beside a bulk run that fills the worker.
 
-    pack: the most bulk pictures of one.
+    pack: one of `PACKS`.
     """
     with tempfile.TemporaryDirectory(prefix="nightshift-urgent-") as folder, ExitStack() as stack:
-        options = ["--concurrency", str(HELD), "--max-units", str(2 * pack * (SIDE // 8) ** 2)]
-        bench = Bench(Path(folder), stack, options)
+        limit = [] if pack is None else ["--max-units", str(2 * pack * (SIDE // 8) ** 2)]
+        bench = Bench(Path(folder), stack, ["--concurrency", str(HELD), *limit])
         for lane in LANES:
             with bench.service(lane, os.cpu_count() or 1) as service:
                 found = latencies(service, samples, random.Random(seed))

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sd_engine.devices import default_max_units
 from sd_engine.errors import InvalidRequest
 from sd_engine.latents import DECODE_BATCH
 from sd_engine.model import Model
@@ -20,9 +21,6 @@ from sd_engine.request import Finished, Request
 from sd_engine.row import Lane, Row
 from sd_engine.runner import Runner
 from sd_engine.saved import Saver, resume
-
-# Eight guided pictures of 512 x 512: what a card of 8 GB steps comfortably at half precision.
-DEFAULT_MAX_UNITS = 16 * 64 * 64
 
 # Four guided pictures: enough to be worth sharing, few enough that one alone does not wait for long.
 DETERMINISTIC_UNET_ROWS = 8
@@ -44,7 +42,7 @@ class Engine:
     """Draws requests with the given models, many in one U-Net call. Not thread-safe: one thread owns it.
 
     models: one model, or several by name (a request without a name takes the first).
-    max_units: the limit of one pack, in U-Net rows x latent cells.
+    max_units: the limit of one pack, in U-Net rows x latent cells; None: what suits the first model's device.
     deterministic: pad every pack to the same number of U-Net rows, step it with one CPU thread, and decode one picture
     at a time, so that on a CPU the bits of a picture do not depend on its neighbours. It costs the U-Net rows that
     nobody uses and the threads that do not help.
@@ -66,7 +64,7 @@ class Engine:
             raise ValueError("models is empty: an engine needs at least one")
         self.models = named
         self.packer = Packer(
-            DEFAULT_MAX_UNITS if max_units is None else max_units,
+            default_max_units(next(iter(named.values())).device) if max_units is None else max_units,
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
         decode_limit = 1 if deterministic else DECODE_BATCH

@@ -97,7 +97,7 @@ bell although rows waited); with --no-supervisor these are what you see."""
     help="jobs held at once: twice those of one step",
 )
 @click.option(
-    "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of one step; default: the engine's"
+    "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of a step; default: 65536, on a CPU 16384"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one operation; default: torch's")
 @click.option("--until-empty", is_flag=True, help="leave when no job of these models is queued or running any more")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sd_engine import SAMPLERS, Cancelled, Engine, Finished, InvalidRequest, Model, Request, load_model
 from sd_engine.context import PackContext
+from sd_engine.devices import default_max_units
 from sd_engine.samplers import Col, step_table
 from tests.tiny_model import make_tiny_model
 
@@ -145,20 +146,36 @@ def test_every_sampler_is_in_the_pool() -> None:
     assert all(any(sampler.endswith(spread) for sampler in pooled) for spread in spreads)
 
 
-def test_different_requests_of_one_lane_share_one_unet_call(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, calls = Engine(model), list[int]()
-    forward = model.unet.forward
+@pytest.fixture
+def calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The U-Net rows of each call so far."""
+    calls, forward = list[int](), model.unet.forward
 
     def counted(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         calls.append(len(x))
         return forward(x, t, context)
 
     monkeypatch.setattr(model.unet, "forward", counted)
+    return calls
+
+
+def test_different_requests_of_one_lane_share_one_unet_call(model: Model, calls: list[int]) -> None:
+    engine = Engine(model)
     for request in POOL[:5]:
         engine.add(request)
     engine.step()
     # Guided rows take two U-Net rows, the unguided ones (guidance None and 1.0) take one.
     assert calls == [2 + 1 + 2 + 1 + 2]
+
+
+def test_a_pack_on_a_cpu_is_by_default_no_larger_than_pays(model: Model, calls: list[int]) -> None:
+    """Two guided pictures of 512 x 512 make a step; the third waits, or an urgent one would wait for all three."""
+    engine = Engine(model)
+    for seed in range(3):
+        engine.add(Request("red cat", seed=seed, steps=2, guidance=7.5, width=512, height=512))
+    engine.step()
+    assert calls == [4]
+    assert default_max_units(torch.device("cuda")) == 4 * default_max_units(torch.device("cpu"))
 
 
 def test_the_unet_is_told_each_rows_own_timesteps_and_their_fractions(
