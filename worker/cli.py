@@ -94,7 +94,7 @@ bell although rows waited); with --no-supervisor these are what you see."""
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="jobs held at once: twice those of one step",
+    help="jobs held at once, with those that wait for a place in a step",
 )
 @click.option(
     "--max-units", type=click.IntRange(min=1), help="U-Net rows x latent area of a step; default: 65536, on a CPU 16384"
