@@ -61,9 +61,9 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def default_max_units(device: torch.device) -> int:
     """The limit of one pack on this device where none is given, in U-Net rows x latent cells.
 
-    Two guided pictures of 512 x 512 on a CPU: in larger packs a row takes as long, or longer (`benchmarks/NOTES.md`),
-    and a job that somebody waits for has to wait for the whole pack that is stepped when it comes. Elsewhere eight,
-    what a card of 8 GB steps comfortably at half precision.
+    Two guided pictures of 512 x 512 on a CPU: larger packs bring a few per cent (`benchmarks/NOTES.md`), while a job
+    that somebody waits for has to wait for the whole pack that is stepped when it comes. Elsewhere eight, what a card
+    of 8 GB steps comfortably at half precision.
     """
     return (4 if device.type == "cpu" else 16) * 64 * 64
 
