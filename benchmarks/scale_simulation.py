@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from worker.sweeper import WITH_BROKER
 
 #: Seconds between two of the things that a worker asks by the clock (`worker.sweeper`, `worker.heartbeat`), at most:
-#: the ringer asks what is due while there is room for it, the lookout while there is none.
+#: the ringer asks what is due while there is room for it, the lookout while there is none (sooner where urgent bells
+#: wait, which here do not).
 PERIODS: Mapping[str, float] = {
     "heartbeat": 10.0,
     "cancel_poll": 1.0,
@@ -33,7 +34,8 @@ class Prices:
     """Milliseconds of CPU by statement, and per job; `other_ms`: what a job costs PostgreSQL besides its claim and its
     finish (new connections, looks for cancels). `rarely`: how many times its price a statement costs that is asked by
     the clock: one alone is priced by hundreds in a row, and with a look whether the connection still answers, and with
-    cold caches, it takes more. Connections and clients of one worker."""
+    cold caches, it takes more. `redis_clock_ms`: Redis' CPU a second, of what a worker asks it by the clock (most of it
+    whether urgent bells wait). Connections and clients of one worker."""
 
     statements_ms: Mapping[str, float]
     other_ms: float
@@ -41,6 +43,7 @@ class Prices:
     connections: float
     broker_clients: float
     rarely: float = 1.0
+    redis_clock_ms: float = 0.0
 
     @property
     def clock_ms(self) -> float:
@@ -109,6 +112,7 @@ class Simulation:
         for worker in range(self._workers):
             for what, period in PERIODS.items():
                 self._at(self._rng.uniform(0.0, period), self._by_clock(what, period))
+            self._at(self._rng.uniform(0.0, 1.0), self._listening())
             for _ in range(2 * self._house.pack):
                 self._at(self._rng.uniform(0.0, warm_s / 2), self._fetcher(worker))
         self._until(warm_s)
@@ -169,6 +173,14 @@ class Simulation:
 
         def tick() -> None:
             self._statement(what, lambda: self._at(self._now + period, tick), more_ms)
+
+        return tick
+
+    def _listening(self) -> Callable[[], None]:
+        """What a worker asks Redis in a second, at once."""
+
+        def tick() -> None:
+            self._ask(self._broker, self._house.prices.redis_clock_ms, lambda: self._at(self._now + 1.0, tick))
 
         return tick
 
@@ -240,7 +252,7 @@ def limits(house: House) -> dict[str, int]:
         "PostgreSQL's connections": (house.max_connections - 3) / prices.connections,
         "PostgreSQL's cores": 1e3 * house.database_cores / (clock_ms + house.jobs_per_s * job_ms),
         "Redis' clients": house.max_clients / prices.broker_clients,
-        "Redis' core": 1e3 / (house.jobs_per_s * prices.redis_ms),
+        "Redis' core": 1e3 / (prices.redis_clock_ms + house.jobs_per_s * prices.redis_ms),
         "heartbeats alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("heartbeat"),
         "sweeper and ringer alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("sweep", "due"),
         "looks for urgent jobs alone, of PostgreSQL's cores": house.database_cores * 1e3 / prices.asked_ms("lookout"),

@@ -17,6 +17,7 @@ from celery import Celery
 from kombu import Producer
 
 from jobs.envelopes import Envelope, Kept, push
+from jobs.fields import URGENT_PRIORITY
 from jobs.redaction import shown_url, with_checked_certificate
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,16 @@ class Bell:
             channel = connection.default_channel
             return sum(channel.queue_declare(queue=queue_name(model)).message_count for model in models)
 
+    def urgent_waiting(self, models: Iterable[str]) -> int:
+        """Bells of urgent jobs of these models that nobody has taken yet: one cheap command a model, for it is asked
+        ten times a second. Raises what the broker raises."""
+        with self._app.connection_or_acquire() as connection:
+            channel: Any = connection.default_channel
+            # kombu keeps a list for each step of priorities; the first is just that of the urgent ones.
+            lists = [channel._q_for_pri(queue_name(model), _broker_priority(URGENT_PRIORITY)) for model in models]
+            with channel.conn_or_acquire() as client:
+                return sum(client.llen(name) for name in lists)
+
     def _push(self, jobs: Sequence[Rung], envelopes: dict[tuple[str, int], Envelope], producer: Producer) -> None:
         """Ring for jobs of one model and priority, at once. `envelopes`: of those that were rung for before."""
         kind = _kind(jobs[0])
@@ -158,8 +169,7 @@ class Bell:
             # By name alone it goes through the nameless exchange. With a named one kombu would look its bindings up in
             # Redis, and drop the message without a word when they are gone (FLUSHALL).
             queue=queue_name(job.model),
-            # In kombu's Redis transport 0 is the most urgent.
-            priority=9 - job.priority,
+            priority=_broker_priority(job.priority),
             ignore_result=True,
             retry=False,
             producer=producer,
@@ -168,6 +178,11 @@ class Bell:
     def close(self) -> None:
         """Close the connections to the broker."""
         self._app.close()
+
+
+def _broker_priority(priority: int) -> int:
+    """In kombu's Redis transport 0 is the most urgent."""
+    return 9 - priority
 
 
 def _bunches(jobs: Iterable[Rung]) -> Iterator[Sequence[Rung]]:

@@ -8,17 +8,20 @@ from jobs.fields import URGENT_PRIORITY
 from jobs.store import Store
 from worker.periodic import Periodic
 from worker.slots import Slots
+from worker.sweeper import Pace
 
 # A free worker answers a bell within that time; only then do the full ones look after it.
-BELL_AGE_S: Final = 0.1
+BELL_AGE_S: Final = 0.05
 
 
 class Lookout(Periodic):
     """Tells the story of urgent jobs on threads of its own while Celery's are all taken, so that nobody hears a bell.
 
-    Their bells stay in the broker, and harm nobody when they are answered later: the claim refuses. So this asks the
-    database, by one read at the top of an index, and only while the worker is full.
+    Their bells stay in the broker, and harm nobody when they are answered later: the claim refuses. So this counts
+    them, only while the worker is full, and where there are more than before it asks the database, by one read at the
+    top of an index. It asks now and then anyway: a bell may be lost, or lie with a worker that hangs.
     ``story``: of a job, by its id; it never raises. ``most``: jobs at once; more of them wait for the slots.
+    ``bells``: of urgent jobs that nobody took; raises what the broker raises. None: nobody rings from outside.
     """
 
     def __init__(
@@ -27,27 +30,53 @@ class Lookout(Periodic):
         slots: Slots,
         models: Sequence[str],
         story: Callable[[str], None],
+        pace: Pace,
         *,
         most: int,
-        look_s: float,
+        bells: Callable[[], int] | None,
+        clock: Callable[[], float],
     ) -> None:
         super().__init__("lookout")
         self._store, self._slots, self._models, self._story = store, slots, tuple(models), story
-        self._most, self._look_s = most, look_s
+        self._pace, self._most, self._bells, self._clock = pace, most, bells, clock
         self._inside: list[threading.Thread] = []
+        self._heard = 0
+        self._look_at = float("-inf")
 
     def tick(self) -> float:
+        if not self._slots.full():
+            self._heard = 0
+            return self._pace.listen_s
+        now = self._clock()
+        self._listen(now)
         self._inside = [thread for thread in self._inside if thread.is_alive()]
         room = self._most - len(self._inside)
-        if room > 0 and self._slots.full():
-            for due in self._store.due(
-                room, models=self._models, older_than_s=BELL_AGE_S, priority_from=URGENT_PRIORITY
-            ):
-                # daemon: a story that never ends must not keep a leaving process alive
-                thread = threading.Thread(target=self._story, args=(str(due.id),), name=f"urgent-{due.id}", daemon=True)
-                thread.start()
-                self._inside.append(thread)
-        return self._look_s
+        if room > 0 and now >= self._look_at:
+            found = self._take_in(room)
+            # Where there was one there may be more.
+            self._look_at = now + (self._pace.listen_s if found else self._pace.lookout_s)
+        soon_s = self._look_at - now
+        return soon_s if 0 < soon_s < self._pace.listen_s else self._pace.listen_s
+
+    def _listen(self, now: float) -> None:
+        """More bells than before: look, when free workers have had time to answer them."""
+        try:
+            bells = 0 if self._bells is None else self._bells()
+        except Exception:  # of the broker, of whichever kind: then the looks now and then must do
+            bells = 0
+        if bells > self._heard:
+            self._look_at = min(self._look_at, now + BELL_AGE_S)
+        self._heard = bells
+
+    def _take_in(self, room: int) -> int:
+        """Begin the stories of the jobs that are due, so many at most -> how many they are."""
+        due = self._store.due(room, models=self._models, older_than_s=BELL_AGE_S, priority_from=URGENT_PRIORITY)
+        for job in due:
+            # daemon: a story that never ends must not keep a leaving process alive
+            thread = threading.Thread(target=self._story, args=(str(job.id),), name=f"urgent-{job.id}", daemon=True)
+            thread.start()
+            self._inside.append(thread)
+        return len(due)
 
     def finish(self) -> None:
         """Look no more, and return once the stories that were begun have ended."""

@@ -105,6 +105,7 @@ class _Worker:
     ) -> None:
         self._settings, self._options, self._engine, self._lifeline = settings, options, engine, lifeline
         self._store, self._storage = services.store, services.storage
+        self._bell, self._embedded = Bell(settings.broker_url), is_embedded(settings.broker_url)
         self._id = worker_name()
         self._leases = Leases(engine.interrupt)
         self._app: Celery | None = None
@@ -186,18 +187,25 @@ class _Worker:
         )
 
     def _lookout(self, workshop: Workshop, story: Callable[[str], None]) -> Lookout:
-        most = max(1, self._options.concurrency // 4)
-        return Lookout(self._store, self._slots, workshop.models, story, most=most, look_s=self._pace.lookout_s)
+        return Lookout(
+            self._store,
+            self._slots,
+            workshop.models,
+            story,
+            self._pace,
+            most=max(1, self._options.concurrency // 4),
+            bells=None if self._embedded else lambda: self._bell.urgent_waiting(workshop.models),
+            clock=time.monotonic,
+        )
 
     def _threads(self, workshop: Workshop) -> list[Periodic]:
-        options, store, bell = self._options, self._store, Bell(self._settings.broker_url)
+        options, store, bell = self._options, self._store, self._bell
 
         def waiting() -> int:
             return bell.waiting(workshop.models)
 
-        embedded = is_embedded(self._settings.broker_url)
         ringer = Ringer(
-            store, bell.send, self._slots, workshop.models, self._pace, waiting=None if embedded else waiting
+            store, bell.send, self._slots, workshop.models, self._pace, waiting=None if self._embedded else waiting
         )
         self._slots.on_free = ringer.freed
         watchdog = Watchdog(

@@ -16,20 +16,22 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Pace:
     """Seconds. ``busy_s``: between rounds while rows are being found, ``idle_s``: otherwise; ``bell_age_s``: how old a
-    row's last bell must be before it is rung for again; ``sweep_s``: between looks for expired leases; ``lookout_s``:
-    between looks for urgent jobs while the worker is full."""
+    row's last bell must be before it is rung for again; ``sweep_s``: between looks for expired leases; while the
+    worker is full ``listen_s``: between counts of urgent bells, and ``lookout_s``: between looks for urgent jobs in the
+    database, where no bell calls for one."""
 
     busy_s: float
     idle_s: float
     bell_age_s: float
     sweep_s: float
+    listen_s: float
     lookout_s: float
 
 
 # The sweeper is the only bell: a row waits 0.1 s at most, one indexed read each time.
-EMBEDDED = Pace(busy_s=0.1, idle_s=0.1, bell_age_s=5.0, sweep_s=2.0, lookout_s=0.2)
+EMBEDDED = Pace(busy_s=0.1, idle_s=0.1, bell_age_s=5.0, sweep_s=2.0, listen_s=0.2, lookout_s=0.2)
 # The broker rings; the sweeper repairs lost messages. Faster only while it really finds some (an emptied broker).
-WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0, lookout_s=0.2)
+WITH_BROKER = Pace(busy_s=0.5, idle_s=5.0, bell_age_s=15.0, sweep_s=5.0, listen_s=0.1, lookout_s=2.0)
 
 
 def pace_for(broker_url: str, lease_s: float) -> Pace:

@@ -20,7 +20,7 @@ STATEMENTS = {
     "cancel_poll": 1.0,
     "sweep": 1.0,
     "due": 1.0,
-    "lookout": 0.2,
+    "lookout": 2.0,
 }
 PRICES = Prices(STATEMENTS, other_ms=0.0, redis_ms=0.1, connections=4.0, broker_clients=5.0)
 
@@ -55,16 +55,23 @@ def test_what_the_statements_do_not_explain_of_a_job_is_a_price_too() -> None:
         "worker_s_per_job": 0.5,
     }
     # Its claim and its finish take 2 ms, what is asked by the clock 2.5 ms a second.
-    slow = row | {"postgres_ms_per_job": 12.25, "worker_s_per_job": 2.0}
+    slow = row | {"postgres_ms_per_job": 12.25, "worker_s_per_job": 2.0, "redis_ms_per_job": 0.5}
     paid = prices({"statements_ms": STATEMENTS, "cpu": [row], "gpu": [slow]})
     assert paid.other_ms == 0.25
     # Of 12.25 ms 2.25 are the job's: 10 in two seconds, in which what is asked by the clock is priced at 5.
     assert paid.rarely == 2.0 and paid.clock_ms == 5.0
+    # One and a half seconds more cost Redis 0.3 ms more: 0.1 ms of the first 0.2 are the clock's too.
+    assert (paid.redis_clock_ms, paid.redis_ms) == (0.2, 0.1)
 
 
 def test_what_is_asked_rarely_costs_the_database_more() -> None:
     (outcome,) = simulate(House(replace(PRICES, rarely=3.0), pack=2, database_cores=1), [50])
     assert outcome.database_busy == pytest.approx(50 * (2.0 + 3 * 2.5) * 1e-3, rel=0.15)
+
+
+def test_what_every_worker_asks_redis_by_the_clock_is_work_of_redis() -> None:
+    (outcome,) = simulate(House(replace(PRICES, redis_clock_ms=0.5), pack=2, database_cores=1), [50])
+    assert outcome.broker_busy == pytest.approx(50 * (0.1 + 0.5) * 1e-3, rel=0.15)
 
 
 def test_the_part_with_the_least_room_ends_first() -> None:

@@ -101,6 +101,13 @@ def test_bells_that_wait_are_counted_whatever_their_priority(bell: Bell) -> None
     assert (bell.waiting(["m", "other"]), bell.waiting(["third"])) == (6, 4)
 
 
+def test_urgent_bells_that_wait_are_counted_alone(bell: Bell) -> None:
+    assert bell.urgent_waiting(["m", "other"]) == 0
+    bell.ring([due(1, priority=priority)[0] for priority in range(10)])
+    bell.ring([*due(2, "other", 9), *due(1, "third", 9)])
+    assert bell.urgent_waiting(["m", "other"]) == len({7, 8, 9}) + 2
+
+
 def test_a_bell_rung_right_after_the_broker_was_emptied_is_in_the_queue(bell: Bell, redis_url: str) -> None:
     assert bell.ring(due(2)) == 2  # queues and their bindings are declared now
     with redis.Redis.from_url(redis_url) as client:

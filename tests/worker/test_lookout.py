@@ -3,16 +3,21 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from uuid import UUID
 
 import pytest
 
 from jobs import JobSpec, Settings, schema
 from jobs.store import Store
 from tests.worker.helpers import PATIENCE_S, Clock, wait
-from worker.lookout import Lookout
+from worker.lookout import BELL_AGE_S, Lookout
 from worker.slots import Slots
+from worker.sweeper import WITH_BROKER
 
 SLOTS, MOST = 2, 2
+LISTEN_S, LOOKOUT_S = 1.0, 60.0
+PACE = replace(WITH_BROKER, listen_s=LISTEN_S, lookout_s=LOOKOUT_S)
 
 
 class World:
@@ -25,7 +30,22 @@ class World:
         self._taken = ExitStack()
         for number in range(taken):
             self._taken.enter_context(self.slots.take(f"bulk {number}"))
-        self.lookout = Lookout(store, self.slots, ["nightshift-mini"], self._story, most=MOST, look_s=60.0)
+        self.clock, self.bells = Clock(), 0
+        self.lookout = Lookout(
+            store,
+            self.slots,
+            ["nightshift-mini"],
+            self._story,
+            PACE,
+            most=MOST,
+            bells=self._waiting,
+            clock=self.clock,
+        )
+
+    def _waiting(self) -> int:
+        if self.bells < 0:
+            raise OSError("the broker is away")
+        return self.bells
 
     def _story(self, job_id: str) -> None:
         self.told.append(job_id)
@@ -64,16 +84,15 @@ def began(world: World) -> None:
 
 
 def test_a_full_worker_takes_in_the_job_that_somebody_waits_for(full: World) -> None:
-    full.lookout.start()
     *_, wanted = full.submit(0, 0, 0, 7)
-    full.lookout.wake()
+    full.lookout.start()
     began(full)
     assert full.told == [wanted]
 
 
 def test_bulk_jobs_wait_for_the_slots(full: World) -> None:
     full.submit(6, 0, 5)
-    assert full.lookout.tick() == 60.0
+    assert full.lookout.tick() == LISTEN_S
     assert full.told == []
 
 
@@ -97,8 +116,80 @@ def test_no_more_than_so_many_at_once_and_the_most_urgent_first(full: World) -> 
     full.lookout.tick()
     for _ in range(MOST):
         began(full)
+    full.clock.now += LOOKOUT_S
     full.lookout.tick()
     assert sorted(full.told) == sorted(first)
+
+
+def test_who_found_one_looks_again_as_soon_as_there_is_room(full: World) -> None:
+    for _ in range(2):
+        full.submit(9, 9)
+    full.lookout.tick()
+    for _ in range(MOST):
+        began(full)
+    for job_id in full.told:
+        assert full.store.claim(UUID(job_id), "worker:1:1", lease_s=60.0)
+    full.clock.now += LISTEN_S
+    full.lookout.tick()
+    full.may_end.set()
+    for thread in full.lookout._inside:
+        thread.join(PATIENCE_S)
+    full.clock.now += LISTEN_S
+    full.lookout.tick()
+    for _ in range(MOST):
+        began(full)
+    assert len(set(full.told)) == 2 * MOST
+
+
+def looked(world: World) -> World:
+    """A world whose lookout has looked and found nothing; a bell that nobody answered waits."""
+    world.bells = 1
+    world.lookout.tick()
+    world.clock.now += BELL_AGE_S
+    world.lookout.tick()
+    assert world.told == []
+    return world
+
+
+def test_one_bell_more_calls_for_a_look_when_free_workers_had_time_to_answer(full: World) -> None:
+    looked(full).submit(9)
+    full.bells += 1
+    assert full.lookout.tick() == pytest.approx(BELL_AGE_S)
+    assert full.told == []
+    full.clock.now += BELL_AGE_S
+    full.lookout.tick()
+    began(full)
+
+
+def test_a_bell_that_waits_on_calls_for_no_further_look(full: World) -> None:
+    looked(full).submit(9)
+    full.clock.now += LOOKOUT_S / 2
+    full.lookout.tick()
+    assert full.told == []
+
+
+@pytest.mark.parametrize("bells", [0, -1], ids=["the bell was lost", "the broker is away"])
+def test_the_database_is_asked_now_and_then_whatever_the_broker_says(full: World, bells: int) -> None:
+    looked(full).submit(9)
+    full.bells = bells
+    full.clock.now += LOOKOUT_S / 2
+    full.lookout.tick()
+    assert full.told == []
+    full.clock.now += LOOKOUT_S / 2
+    full.lookout.tick()
+    began(full)
+
+
+def test_who_had_a_free_slot_takes_every_bell_that_waits_for_a_new_one(full: World) -> None:
+    """While it had one, Celery answered the bells that it had counted."""
+    looked(full).submit(9)
+    full.slots.close()
+    full.lookout.tick()
+    full.slots.closed = False
+    full.lookout.tick()
+    full.clock.now += BELL_AGE_S
+    full.lookout.tick()
+    began(full)
 
 
 def test_it_returns_when_what_it_took_in_has_ended(store: Store) -> None:
