@@ -55,7 +55,7 @@ from benchmarks.static_batches import WAYS
 from sd_engine import Engine, Model, load_model, shipped_model
 
 OURS, ALONE, EQUAL, SLOWEST, _ = WAYS
-MODEL_UNITS = 16 * CELLS_512  # the engine's own limit: eight guided pictures of 512 x 512
+MODEL_UNITS = 16 * CELLS_512  # the engine's own limit on a card: eight guided pictures of 512 x 512
 MINI_UNITS = 8 * 16 * 12  # four guided pictures of the largest size: a short night must have more than fits at once
 MINI_CELLS = 12 * 12
 # Of the time that full packs take: before the night's middle work always waits, and then the packs run dry.

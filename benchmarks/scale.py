@@ -53,25 +53,30 @@ def prices(measured: Mapping[str, Any]) -> Prices:
     and of what is asked by the clock from the largest fleet that draws as GPUs do.
 
     `other_ms` is what neither the job's own statements nor those by the clock explain: looks whether a connection still
-    answers, a ringer that a free slot wakes, a cache that others have filled. Redis is asked for each job and by the
-    clock: both fleets together say how much of either.
+    answers, a ringer that a free slot wakes, a cache that others have filled.
     """
     dense, slow, alone = measured["cpu"][-1], measured["gpu"][-1], measured["statements_ms"]
-    longer_s = slow["worker_s_per_job"] - dense["worker_s_per_job"]
-    redis_clock_ms = max(0.0, (slow["redis_ms_per_job"] - dense["redis_ms_per_job"]) / longer_s)
-    redis_ms = dense["redis_ms_per_job"] - redis_clock_ms * dense["worker_s_per_job"]
     bare = Prices(
         alone,
         other_ms=0.0,
-        redis_ms=round(redis_ms, 4),
+        redis_ms=dense["redis_ms_per_job"],
         connections=dense["connections_per_worker"],
         broker_clients=dense["broker_clients_per_worker"],
-        redis_clock_ms=round(redis_clock_ms, 4),
+        redis_clock_ms=_redis_clock_ms(measured["gpu"], dense["redis_ms_per_job"]),
     )
     other_ms = dense["postgres_ms_per_job"] - bare.job_ms - dense["worker_s_per_job"] * bare.clock_ms
     dense_jobs = replace(bare, other_ms=max(0.0, round(other_ms, 3)))
     rarely = (slow["postgres_ms_per_job"] - dense_jobs.job_ms) / (slow["worker_s_per_job"] * bare.clock_ms)
     return replace(dense_jobs, rarely=max(1.0, round(rarely, 2)))
+
+
+def _redis_clock_ms(fleets: Sequence[Mapping[str, Any]], job_ms: float) -> float:
+    """Redis' CPU a second of what one worker asks by the clock: what the largest fleet costs besides its jobs and the
+    smallest does not, for Redis works a little by itself. A busier Redis answers several at a time, for less."""
+    first, last = fleets[0], fleets[-1]
+    more = last["workers"] - first["workers"]
+    besides = [row["workers"] / row["worker_s_per_job"] * (row["redis_ms_per_job"] - job_ms) for row in (first, last)]
+    return max(0.0, round((besides[1] - besides[0]) / more, 3)) if more else 0.0
 
 
 def simulated(measured: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The urgent job of `benchmarks.urgent` through a whole service: from its submit to the moment its picture is stored.
 
-A worker whose every slot is taken by bulk jobs hears no bell: it finds an urgent job by a look at the database
-(`worker/lookout.py`), so here the latency has that wait, the claim, the PNG and the upload in it, on both sides of the
-ratio but for the look.
+A worker whose every slot is taken by bulk jobs answers no bell: its lookout finds the urgent job (`worker/lookout.py`),
+so here the latency has that wait, the claim, the PNG and the upload in it, on both sides of the ratio but for the wait.
 """
 
 from __future__ import annotations

@@ -58,14 +58,17 @@ def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def default_max_units(device: torch.device) -> int:
+def default_max_units(device: torch.device, *, padded: bool = False) -> int:
     """The limit of one pack on this device where none is given, in U-Net rows x latent cells.
 
-    Two guided pictures of 512 x 512 on a CPU: larger packs bring a few per cent (`benchmarks/NOTES.md`), while a job
-    that somebody waits for has to wait for the whole pack that is stepped when it comes. Elsewhere eight, what a card
-    of 8 GB steps comfortably at half precision.
+    Two guided pictures of 512 x 512 on a CPU: larger packs bring little (`benchmarks/NOTES.md`), while a job that
+    somebody waits for has to wait for the whole pack that is stepped when it comes. Elsewhere eight, what a card of
+    8 GB steps comfortably at half precision.
+
+    padded: packs are padded to this limit (`Packer.bucket`). They have one limit everywhere: their size decides the
+    bits of a picture, and with a small one a pack could hold an odd row that nobody uses.
     """
-    return (4 if device.type == "cpu" else 16) * 64 * 64
+    return (4 if device.type == "cpu" and not padded else 16) * 64 * 64
 
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -63,8 +63,10 @@ class Engine:
         if not named:
             raise ValueError("models is empty: an engine needs at least one")
         self.models = named
+        if max_units is None:
+            max_units = default_max_units(next(iter(named.values())).device, padded=deterministic)
         self.packer = Packer(
-            default_max_units(next(iter(named.values())).device) if max_units is None else max_units,
+            max_units,
             max_unet_rows=DETERMINISTIC_UNET_ROWS if deterministic else None,
         )
         decode_limit = 1 if deterministic else DECODE_BATCH

@@ -1,5 +1,6 @@
 """Takes in the jobs that somebody waits for, while bulk jobs fill all slots of this worker."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -9,6 +10,8 @@ from jobs.store import Store
 from worker.periodic import Periodic
 from worker.slots import Slots
 from worker.sweeper import Pace
+
+log = logging.getLogger(__name__)
 
 # A free worker answers a bell within that time; only then do the full ones look after it.
 BELL_AGE_S: Final = 0.05
@@ -40,15 +43,15 @@ class Lookout(Periodic):
         self._store, self._slots, self._models, self._story = store, slots, tuple(models), story
         self._pace, self._most, self._bells, self._clock = pace, most, bells, clock
         self._inside: list[threading.Thread] = []
-        self._heard = 0
+        self._heard = self._begun = 0
+        self._away = False
         self._look_at = float("-inf")
 
     def tick(self) -> float:
         if not self._slots.full():
-            self._heard = 0
             return self._pace.listen_s
+        self._listen()
         now = self._clock()
-        self._listen(now)
         self._inside = [thread for thread in self._inside if thread.is_alive()]
         room = self._most - len(self._inside)
         if room > 0 and now >= self._look_at:
@@ -58,15 +61,27 @@ class Lookout(Periodic):
         soon_s = self._look_at - now
         return soon_s if 0 < soon_s < self._pace.listen_s else self._pace.listen_s
 
-    def _listen(self, now: float) -> None:
+    def _listen(self) -> None:
         """More bells than before: look, when free workers have had time to answer them."""
-        try:
-            bells = 0 if self._bells is None else self._bells()
-        except Exception:  # of the broker, of whichever kind: then the looks now and then must do
-            bells = 0
+        if self._slots.begun != self._begun:
+            # There was a free slot, which may have taken a bell that was counted: the same count may be another bell.
+            self._heard, self._begun = 0, self._slots.begun
+        bells = self._count()
         if bells > self._heard:
-            self._look_at = min(self._look_at, now + BELL_AGE_S)
+            self._look_at = min(self._look_at, self._clock() + BELL_AGE_S)
         self._heard = bells
+
+    def _count(self) -> int:
+        if self._bells is None:
+            return 0
+        try:
+            bells, away = self._bells(), False
+        except Exception as error:  # of the broker, of whichever kind: then the looks now and then must do
+            bells, away = 0, True
+            if not self._away:
+                log.warning("the broker counts no urgent bells (%s: %s)", type(error).__name__, error)
+        self._away = away
+        return bells
 
     def _take_in(self, room: int) -> int:
         """Begin the stories of the jobs that are due, so many at most -> how many they are."""

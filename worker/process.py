@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Times in seconds. ``concurrency``: jobs held at once, twice what the engine steps together, so that it always
+    """Times in seconds. ``concurrency``: jobs held at once, more than the engine steps together, so that it always
     has candidates. ``until_empty``: leave when no job of our models is queued or running. ``acks_late``: a bell is
     acked when its pictures are drawn, not when it was heard. ``patience_s``: how long finished pictures wait for a
     storage that is away; then their job waits ``snooze_s`` in the queue. ``step_limit_s``: a step that lasts longer

@@ -55,13 +55,14 @@ def test_what_the_statements_do_not_explain_of_a_job_is_a_price_too() -> None:
         "worker_s_per_job": 0.5,
     }
     # Its claim and its finish take 2 ms, what is asked by the clock 2.5 ms a second.
-    slow = row | {"postgres_ms_per_job": 12.25, "worker_s_per_job": 2.0, "redis_ms_per_job": 0.5}
-    paid = prices({"statements_ms": STATEMENTS, "cpu": [row], "gpu": [slow]})
+    alone = {"workers": 1, "worker_s_per_job": 2.0, "redis_ms_per_job": 4.2}
+    slow = row | {"postgres_ms_per_job": 12.25, "worker_s_per_job": 2.0, "redis_ms_per_job": 0.8, "workers": 11}
+    paid = prices({"statements_ms": STATEMENTS, "cpu": [row], "gpu": [alone, slow]})
     assert paid.other_ms == 0.25
     # Of 12.25 ms 2.25 are the job's: 10 in two seconds, in which what is asked by the clock is priced at 5.
     assert paid.rarely == 2.0 and paid.clock_ms == 5.0
-    # One and a half seconds more cost Redis 0.3 ms more: 0.1 ms of the first 0.2 are the clock's too.
-    assert (paid.redis_clock_ms, paid.redis_ms) == (0.2, 0.1)
+    # Half a job a second each: besides their jobs eleven cost Redis 3.3 ms a second, one 2, most of that its own.
+    assert (paid.redis_clock_ms, paid.redis_ms) == (0.13, 0.2)
 
 
 def test_what_is_asked_rarely_costs_the_database_more() -> None:

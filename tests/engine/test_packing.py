@@ -178,6 +178,14 @@ def test_a_pack_on_a_cpu_is_by_default_no_larger_than_pays(model: Model, calls: 
     assert default_max_units(torch.device("cuda")) == 4 * default_max_units(torch.device("cpu"))
 
 
+def test_a_deterministic_engine_pads_packs_of_512_to_four_guided_pictures(model: Model, calls: list[int]) -> None:
+    """What decides the bits of a picture is the same on every device."""
+    engine = Engine(model, deterministic=True)
+    engine.add(Request("red cat", steps=2, guidance=7.5, width=512, height=512))
+    engine.step()
+    assert calls == [8]
+
+
 def test_the_unet_is_told_each_rows_own_timesteps_and_their_fractions(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
