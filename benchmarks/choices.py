@@ -4,14 +4,15 @@
     python -m benchmarks.choices --quick            seconds; too few pictures to judge anything by
     python -m benchmarks.choices --unet none        without the U-Net of Stable Diffusion's size
     python -m benchmarks.choices --prompts 100 --steps 40 --guidance 4
+    python -m benchmarks.choices --large --prompts 2        the whole U-Net at 96 x 96 latents, with token merging
 
 Two parts. Pictures: the shipped model draws the same prompts and seeds exactly and by each choice, in turns; `rows` and
 `seconds` are the exact run's over the choice's (larger is faster; whole U-Net rows count, shallow ones are listed
 beside them), PSNR and levels of 256 are against the exact pictures (the medians and means over the prompts), and
 `right` is the share that the checker of `benchmarks.mini_quality` takes for what was asked. U-Net: the seconds of one
 row, at the size of SD 1.5 with random weights, of its finest transformer block with and without token merging, and of
-decoding one picture by the VAE and by a tiny decoder of the published size: there a step's time is the U-Net's, in the
-small shipped model half of it is not.
+decoding one picture by the VAE and by a tiny decoder of the published size: the small shipped model says nothing of
+these.
 
 Prints both tables and writes `benchmarks/results/choices.json` and a plot beside it.
 """

@@ -12,10 +12,12 @@ sizes, arrivals spread over half of the time that full packs would take. It is d
 - modelled: the same kinds of jobs at Stable Diffusion's sizes, by a clock on which a U-Net call lasts what a stated
   curve says (`--call-ms` for each call, `--row-ms` for each U-Net row of 64 x 64 latents). A model, not a measurement.
 
-The baselines are the same engine and modules with other batching: (a) one by one, (b) static batches of equal jobs, (c)
-static batches in which every row waits for the slowest. Fill is units whose step brings a picture on over units of the
-limit, of the packs beside which more rows of their lane waited, and of all: a night's last packs have no company, so it
-falls with shorter nights. Prints tables, writes `benchmarks/results/mixed.json` and a plot.
+The baselines are the same engine and modules with other batching: (a) one by one, (b) static batches of equal jobs,
+(c) static batches in which every row waits for the slowest. All have one limit of a pack: eight guided pictures of 512
+x 512 by the modelled clock, four of 128 x 96 measured, so that a short night has more than fits at once. Fill is units
+whose step brings a picture on over units of the limit, of the packs beside which more rows of their lane waited, and
+of all: a night's last packs have no company, so it falls with shorter nights. Prints tables, writes
+`benchmarks/results/mixed.json` and a plot.
 """
 
 from __future__ import annotations

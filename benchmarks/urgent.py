@@ -14,11 +14,12 @@ same job on an idle engine, in turn with it:
   first, alone;
 - static, of equal jobs: the same where a batch is of equal jobs.
 
-Each is done twice: measured (the shipped model on this machine) and modelled (Stable Diffusion's sizes, by a clock on
-which a U-Net call lasts what `--call-ms` and `--row-ms` say; see `benchmarks.mixed`). Then through whole services, from
-submit to stored picture, beside a worker that is full of bulk jobs, in packs as large as by default and of sixteen
-pictures (`benchmarks.urgent_worker`). The goal: the 95th percentile is at most 1.5 x the median on an idle machine.
-Prints tables, writes `benchmarks/results/urgent.json` and a plot.
+Each is done twice: measured (the shipped model on this machine, four guided pictures of 128 x 96 a pack) and modelled
+(Stable Diffusion's sizes, by a clock on which a U-Net call lasts what `--call-ms` and `--row-ms` say; see
+`benchmarks.mixed`). Then through whole services, from submit to stored picture, beside a worker that is full of bulk
+jobs, in packs as large as by default and of sixteen pictures (`benchmarks.urgent_worker`). The goal: the 95th
+percentile is at most 1.5 x the median on an idle machine. Prints tables, writes `benchmarks/results/urgent.json` and a
+plot.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ HELD = 16  # jobs of a worker
 # the step that runs when it comes, and on a CPU that takes as many times as long as it has pictures: of sixteen, most
 # of a picture's time.
 PACKS = (None, 16)
-# Of the shipped model: about two seconds a picture on two cores, as a graphics card takes for one.
+# Of the shipped model: one or two seconds a picture on two cores, as a graphics card takes for one.
 SIDE = 320
 STEPS = 20
 BULK = "bulk"
