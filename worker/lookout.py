@@ -45,7 +45,7 @@ class Lookout(Periodic):
         self._inside: list[threading.Thread] = []
         self._heard = self._begun = 0
         self._away = False
-        self._look_at = float("-inf")
+        self._look_at = self._risen_at = float("-inf")
 
     def tick(self) -> float:
         if not self._slots.full():
@@ -55,9 +55,7 @@ class Lookout(Periodic):
         self._inside = [thread for thread in self._inside if thread.is_alive()]
         room = self._most - len(self._inside)
         if room > 0 and now >= self._look_at:
-            found = self._take_in(room)
-            # Where there was one there may be more.
-            self._look_at = now + (self._pace.listen_s if found else self._pace.lookout_s)
+            self._look_at = self._next_look(now, self._take_in(room))
         soon_s = self._look_at - now
         return soon_s if 0 < soon_s < self._pace.listen_s else self._pace.listen_s
 
@@ -68,8 +66,16 @@ class Lookout(Periodic):
             self._heard, self._begun = 0, self._slots.begun
         bells = self._count()
         if bells > self._heard:
-            self._look_at = min(self._look_at, self._clock() + BELL_AGE_S)
+            self._risen_at = self._clock()
+            self._look_at = min(self._look_at, self._risen_at + BELL_AGE_S)
         self._heard = bells
+
+    def _next_look(self, now: float, found: int) -> float:
+        if found:
+            return now + self._pace.listen_s  # where there was one there may be more
+        old_enough_at = self._risen_at + BELL_AGE_S
+        # A bell that was heard just before was too young for this look.
+        return old_enough_at if now < old_enough_at else now + self._pace.lookout_s
 
     def _count(self) -> int:
         if self._bells is None:

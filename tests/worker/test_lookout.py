@@ -169,6 +169,15 @@ def test_one_bell_more_calls_for_a_look_when_free_workers_had_time_to_answer(ful
     began(full)
 
 
+def test_a_bell_that_was_too_young_for_a_look_that_was_due_has_another(full: World) -> None:
+    full.bells = 1
+    assert full.lookout.tick() == pytest.approx(BELL_AGE_S)
+    full.submit(9)
+    full.clock.now += BELL_AGE_S
+    full.lookout.tick()
+    began(full)
+
+
 def test_a_bell_that_waits_on_calls_for_no_further_look(full: World) -> None:
     looked(full).submit(9)
     full.clock.now += LOOKOUT_S / 2
